@@ -18,7 +18,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -29,7 +29,7 @@ from penstock.cluster.router.dispatch import read_tokens_of
 from penstock.cluster.router.engine_accounts import EngineAccounts
 from penstock.cluster.router.engine_fit import can_serve, misfit
 from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
-from penstock.cluster.router.front_records import MetricsRecord, added_metrics, of_the_past, packed, unpacked
+from penstock.cluster.router.front_gathering import ConnectedFront, FrontGathering
 from penstock.cluster.router.front_wire import FrontChannel
 from penstock.cluster.router.routed_request import RouterSettings
 from penstock.cluster.router.router_loop import RouterLoop
@@ -44,37 +44,9 @@ log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
 SILENT_S = 20.0  # a front that says nothing for so long hangs
-GATHER_S = 1.5  # for the records of fronts
-GATHERING_MAX = 64
 
 T = TypeVar("T")
 _Id = tuple[int, int]  # (front connection, serial number)
-
-
-@dataclass(eq=False)
-class _Front:
-    """One front process, while it is connected. `number` is never used again."""
-
-    number: int
-    slot: int
-    links: socket.socket
-    channel: FrontChannel
-    open: dict[int, bool] = field(default_factory=dict)  # serial -> whether anything is left for a decode engine
-    ready: bool = False
-    heard_s: float = 0.0
-    metrics: bytes = b""  # its latest record
-
-
-@dataclass(eq=False)
-class _Gathering:
-    """Records that a front waits for."""
-
-    asked_by: _Front
-    number: int
-    kind: front_wire.Kind
-    missing: set[int]
-    until_s: float
-    records: list[bytes] = field(default_factory=list)
 
 
 class Placer:
@@ -99,12 +71,11 @@ class Placer:
         self.port = EngineRegistry(self, sock, secret, settings.lease_s, tls, fronts, self._pass_link)
         self.scheduler = InterEngineScheduler(settings.scheduler)
         self._accounts = EngineAccounts(self.scheduler)
-        self._by_slot: dict[int, _Front] = {}
-        self._fronts: dict[int, _Front] = {}  # by number
+        self._by_slot: dict[int, ConnectedFront] = {}
+        self._fronts: dict[int, ConnectedFront] = {}  # by number
         self._numbers: dict[str, int] = {}  # of registered engines, by name
-        self._serial = 0  # of fronts, engines and gatherings
-        self._gatherings: dict[int, _Gathering] = {}
-        self._past = MetricsRecord()  # of fronts that have ended
+        self._serial = 0  # of fronts and engines
+        self._gathering = FrontGathering(self._fronts, lambda kind: self.record_of(kind))
         self._open = 0
         self._failing = ""
         self._attaching: set[asyncio.Future[None]] = set()
@@ -173,14 +144,14 @@ class Placer:
         def ended(why: str) -> None:
             self._loop.guarded(partial(self._front_ended, front, why))
 
-        front = _Front(number, slot, links, FrontChannel(take, ended), heard_s=time.monotonic())
+        front = ConnectedFront(number, slot, links, FrontChannel(take, ended), heard_s=time.monotonic())
         await asyncio.get_running_loop().connect_accepted_socket(lambda: front.channel, sock)
         self._fronts[number] = self._by_slot[slot] = front
         front.channel.send(front_wire.State(self._failing))
         for name, engine in self._numbers.items():
             front.channel.send(front_wire.Joined(engine, name))
 
-    def _front_ended(self, front: _Front, why: str) -> None:
+    def _front_ended(self, front: ConnectedFront, why: str) -> None:
         """Its requests have ended; the engines see that by its connections to them."""
         if self._fronts.pop(front.number, None) is None:
             return
@@ -191,12 +162,9 @@ class Placer:
         if not self._loop.refusal:
             self.counters["fronts_lost"] += 1
             rare.warning("front", "front %d ended with %d open requests: %s", front.slot, len(front.open), why)
-        last = unpacked([front.metrics], MetricsRecord)
-        self._past = added_metrics([self._past, *map(of_the_past, last)])
         for serial in list(front.open):
             self._end(front, serial, 0)
-        for gathering in list(self._gatherings.values()):
-            self._answered(gathering, front.number, None)
+        self._gathering.ended(front)
         self._decisions.decide_soon()
 
     def _pass_link(self, slot: int, greeting: bytes, file: int) -> bool:
@@ -210,7 +178,7 @@ class Placer:
             return False
         return True
 
-    def _take(self, front: _Front, body: bytes) -> None:
+    def _take(self, front: ConnectedFront, body: bytes) -> None:
         """A message of a front; what is none ends the connection."""
         try:
             message = front_wire.from_front(body)
@@ -220,26 +188,32 @@ class Placer:
         front.heard_s = time.monotonic()
         if isinstance(message, front_wire.OfRequest):
             self.counters["front_request_bytes"] += front_wire.LENGTH.size + len(body)
-        if isinstance(message, front_wire.Submit):
-            self._submit(front, message)
-        elif isinstance(message, front_wire.Prefilled):
-            self.scheduler.prefilled((front.number, message.serial), message.attempt)
-            self._decisions.decide_soon()
-        elif isinstance(message, front_wire.End):
-            self._end(front, message.serial, message.attempt)
-            self._decisions.decide_soon()
-        elif isinstance(message, front_wire.Restart):
-            self.scheduler.restart((front.number, message.serial), message.attempt)
-            self._decisions.decide_soon()
+            failed = partial(self._failed, (front.number, message.serial))
+            self._loop.guarded(partial(self._of_request, front, message), failed)
         elif isinstance(message, front_wire.Ready):
             front.ready = True
             self._learn_vocabulary(message.vocabulary)
         elif isinstance(message, front_wire.Gather):
-            self._gather(front, message)
+            self._gathering.asked(front, message)
         elif isinstance(message, front_wire.Told):
-            gathering = self._gatherings.get(message.number)
-            if gathering is not None:
-                self._answered(gathering, front.number, message.record)
+            self._gathering.told(front, message)
+
+    def _of_request(self, front: ConnectedFront, message: front_wire.OfRequest) -> None:
+        request: _Id = (front.number, message.serial)
+        if isinstance(message, front_wire.Submit):
+            self._submit(front, message)
+        elif isinstance(message, front_wire.Prefilled):
+            self.scheduler.prefilled(request, message.attempt)
+        elif isinstance(message, front_wire.Restart):
+            self.scheduler.restart(request, message.attempt)
+        else:
+            self._end(front, message.serial, message.attempt)
+        self._decisions.decide_soon()
+
+    def _failed(self, request: _Id, error: Exception) -> None:
+        """A fault in what was done for this request ends it."""
+        self._loop.guarded(partial(self.scheduler.cancel, request))
+        self._refuse(request, f"internal error: {error!r}")
 
     def _learn_vocabulary(self, vocabulary: str) -> None:
         """Engines with another vocabulary than the fronts' tokenizer leave, and are refused from now on."""
@@ -251,7 +225,7 @@ class Placer:
             if why is not None:
                 self.port.lose(engine.name, why)
 
-    def _submit(self, front: _Front, message: front_wire.Submit) -> None:
+    def _submit(self, front: ConnectedFront, message: front_wire.Submit) -> None:
         serial, now = message.serial, time.monotonic()
         if self._open >= self.settings.max_open:
             most = f"{self.settings.max_open} requests are open; that is the limit"
@@ -265,9 +239,8 @@ class Placer:
             return
         front.open[serial] = message.answer_tokens > 1
         self._open += 1
-        self._decisions.decide_soon()
 
-    def _end(self, front: _Front, serial: int, attempt: int) -> None:
+    def _end(self, front: ConnectedFront, serial: int, attempt: int) -> None:
         if front.open.pop(serial, None) is None:
             return
         self._open -= 1
@@ -279,11 +252,12 @@ class Placer:
     # -- decisions ----------------------------------------------------------------------------------------------
 
     def _execute(self, decision: Decision) -> None:
-        self._loop.guarded(partial(self._pass_on, decision))
+        request = cast(_Id, decision.request_id)
+        self._loop.guarded(partial(self._pass_on, request, decision), partial(self._failed, request))
 
-    def _pass_on(self, decision: Decision) -> None:
+    def _pass_on(self, request: _Id, decision: Decision) -> None:
         """Say it to the front whose request it is, unless either has ended."""
-        number, serial = cast(_Id, decision.request_id)
+        number, serial = request
         front = self._fronts.get(number)
         if front is None or serial not in front.open:
             return
@@ -295,10 +269,9 @@ class Placer:
             self._answer(front, front_wire.Revoked(serial, decision.attempt))
         elif isinstance(decision, GiveUp):
             rare.warning("given up", "a request of front %d is given up: %s", front.slot, decision.reason)
-            self._forget(front, serial)
-            self._answer(front, front_wire.Refused(serial, "error", f"given up ({decision.reason})"))
+            self._refuse(request, f"given up ({decision.reason})")
 
-    def _placed(self, front: _Front, serial: int, place: Place) -> front_wire.Placed:
+    def _placed(self, front: ConnectedFront, serial: int, place: Place) -> front_wire.Placed:
         numbers: list[int] = []
         for name, is_there in ((place.prefill, True), (place.decode, front.open[serial])):
             engine = self.port.engines.get(name)
@@ -311,21 +284,20 @@ class Placer:
             place.decode_tokens, place.recompute_tokens, *numbers,
         )  # fmt: skip
 
-    def _answer(self, front: _Front, message: front_wire.FromPlacer) -> None:
+    def _answer(self, front: ConnectedFront, message: front_wire.FromPlacer) -> None:
         """Say something about a request to its front."""
         self.counters["front_request_bytes"] += front.channel.send(message)
 
-    def _forget(self, front: _Front, serial: int) -> None:
-        """The scheduler core does not know the request any more."""
-        if front.open.pop(serial, None) is not None:
-            self._open -= 1
+    def _refuse(self, request: _Id, error: str) -> None:
+        """End a request that the scheduler core does not know any more."""
+        number, serial = request
+        front = self._fronts.get(number)
+        if front is not None:
+            self._open -= front.open.pop(serial, None) is not None
+            self._answer(front, front_wire.Refused(serial, "error", clip(error)))
 
     def _undecidable(self, request_id: Hashable, error: str) -> None:
-        number, serial = cast(_Id, request_id)
-        front = self._fronts.get(number)
-        if front is not None and serial in front.open:
-            self._forget(front, serial)
-            self._answer(front, front_wire.Refused(serial, "error", clip(error)))
+        self._refuse(cast(_Id, request_id), error)
 
     # -- from engines (the port's listener) -----------------------------------------------------------------
 
@@ -374,9 +346,7 @@ class Placer:
         if bool(failing) != bool(self._failing):
             self._failing = failing
             self._say(front_wire.State(failing))
-        for gathering in list(self._gatherings.values()):
-            if now >= gathering.until_s:
-                self._gathered(gathering)
+        self._gathering.give_up_late(now)
         for front in list(self._fronts.values()):
             if front.ready and now - front.heard_s > SILENT_S:
                 log.error("front %d hangs: it has said nothing for %.0f s", front.slot, now - front.heard_s)
@@ -387,41 +357,3 @@ class Placer:
     def fronts(self) -> int:
         """Front processes that are connected."""
         return len(self._fronts)
-
-    def _gather(self, front: _Front, message: front_wire.Gather) -> None:
-        """Ask the other fronts for their records, on behalf of one."""
-        if message.kind == "metrics":
-            front.metrics = message.record
-        others = [one for one in self._fronts.values() if one is not front and one.ready]
-        if len(self._gatherings) >= GATHERING_MAX:
-            others = []
-        self._serial += 1
-        until_s = time.monotonic() + GATHER_S
-        missing = {one.number for one in others}
-        gathering = _Gathering(front, message.number, message.kind, missing, until_s)
-        self._gatherings[self._serial] = gathering
-        for one in others:
-            one.channel.send(front_wire.Ask(self._serial, message.kind))
-        if not others:
-            self._gathered(gathering)
-
-    def _answered(self, gathering: _Gathering, front: int, record: bytes | None) -> None:
-        if front not in gathering.missing:
-            return
-        gathering.missing.discard(front)
-        if record is not None:
-            gathering.records.append(record)
-            if gathering.kind == "metrics":
-                self._fronts[front].metrics = record
-        if not gathering.missing:
-            self._gathered(gathering)
-
-    def _gathered(self, gathering: _Gathering) -> None:
-        """All records are there, or it is too late for the rest: of metrics, those from before count."""
-        self._gatherings = {number: one for number, one in self._gatherings.items() if one is not gathering}
-        records = gathering.records
-        if gathering.kind == "metrics":
-            late = [self._fronts[number].metrics for number in gathering.missing if number in self._fronts]
-            records = [*records, *filter(None, late), packed(self._past)]
-        own = front_wire.bounded(self.record_of(gathering.kind), front_wire.PLACER_RECORD_BYTES_MAX)
-        gathering.asked_by.channel.send(front_wire.Gathered(gathering.number, own, records))

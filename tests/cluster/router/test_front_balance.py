@@ -74,8 +74,8 @@ async def rounds(shared: int) -> None:
         FrontBalance(shared, 0, FRONTS).have(0)  # one that hangs with the fewest keeps nobody waiting for long
         connect(4)
         assert sum(await until(acceptors, 54)) == 54
-        for one in acceptors:
-            one.close()
+        for acceptor in acceptors:
+            acceptor.close()
 
 
 def test_the_one_with_the_fewest_connections_accepts_the_next(shared: int) -> None:

@@ -153,6 +153,26 @@ def test_reads_of_a_storage_nic_that_is_cut_go_to_the_other_side() -> None:
         finished(client, prompt, 3)
 
 
+@pytest.mark.parametrize("step", ["_placed", "_submit"])
+def test_a_fault_in_the_placer_ends_the_request_at_which_it_occurred(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fronted() as c:
+        c.engine("e")
+        right = getattr(c.placer, step)
+
+        def wrong(*given: Any) -> Any:
+            monkeypatch.setattr(c.placer, step, right)
+            raise ZeroDivisionError
+
+        c.placer.ask(lambda: monkeypatch.setattr(c.placer, step, wrong))
+        end = c.ask(PROMPT, 5).wait()
+        assert end.finish_reason == "error" and "ZeroDivisionError" in str(end.error)
+        finished(c.ask(PROMPT, 5), PROMPT, 5)
+        wait_until(lambda: known_to_placer(c) == 0, "no request is left at the placer")
+        assert c.counter("internal_errors") == 1
+
+
 def test_a_client_that_goes_has_its_request_end_everywhere() -> None:
     with fronted() as c:
         host = c.engine("e", host=CountingHost(hold_after=2))
