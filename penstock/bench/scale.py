@@ -21,6 +21,7 @@ NOTES = (
     "CPU time of one thread per block or key; ..._before: measured with the table of objects",
     "engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it",
     "router_*: CPU time of the router's process; 1,365 heartbeats/s; HTTP and tokenizer left out",
+    "router_http_*: with HTTP, 2,048 token ids each; ..._at_the_placer: of a router with 2 fronts",
 )
 
 
@@ -36,8 +37,10 @@ def scale(
     plot: PlotFile = None,
 ) -> None:
     """CPU time, memory and stops of the table of one pool node with a million blocks; CPU time of engines and nodes per
-    block over the network; of a router per heartbeat of an engine and per long prompt. Each beside its goal, and beside
-    what it was before (`..._before`): when every block was an object and travelled alone, and a prompt was a list."""
+    block over the network; of a router per heartbeat of an engine, per long prompt and per HTTP request. Each beside
+    its goal, and beside what it was before (`..._before`): when every block was an object and travelled alone, and a
+    prompt was a list."""
+    from penstock.bench.scale_fronts import measure_fronts
     from penstock.bench.scale_network import measure_network
     from penstock.bench.scale_rounds import measure_rounds
     from penstock.bench.scale_router import measure_router
@@ -55,6 +58,7 @@ def scale(
                 measure_open(report, count, folder, step)
                 measure_network(report, count <= QUICK_BLOCKS, step)
                 measure_router(report, count <= QUICK_BLOCKS, step)
+                measure_fronts(report, count <= QUICK_BLOCKS, step)
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
         console.print(f"penstock bench scale: {error}", style="red", markup=False)
         raise typer.Exit(1) from error

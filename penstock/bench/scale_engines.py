@@ -9,6 +9,7 @@ import select
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from penstock.bench.processes import ReadyProcess
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport, LinkReport, PlacedRequest
 from penstock.engine.api import RequestReport
+from penstock.framing import Greeting
 from penstock.pool.net.secret import Secret, prove_as_client
 from penstock.process.child_python import python_command
 from penstock.process.file_limit import raise_file_limit
@@ -41,44 +43,19 @@ def engines_process(router: tuple[str, int], secret_file: Path, engines: int, be
     return ReadyProcess(python_command("-m", __name__, *arguments), READY, ready_s=READY_S)
 
 
-class _Engine:
-    """One registration. A heartbeat reports as many preemptions as there were heartbeats, so that the router counts
-    them."""
+class _Connection:
+    """A registration with the router, or with one of its front processes."""
 
-    def __init__(self, router: tuple[str, int], secret: Secret, number: int) -> None:
-        host = number // HOST_ENGINES
-        source = f"127.0.{1 + host // 250}.{1 + host % 250}"
+    def __init__(self, router: tuple[str, int], secret: Secret, source: str, first: bytes, front: int | None) -> None:
+        """`first`: the frames of the registration."""
         self.sock = socket.create_connection(router, TIMEOUT_S, (source, 0))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        role: Literal["prefill", "decode"] = "decode" if host % 2 else "prefill"
-        self.card = wire.EngineCard(
-            name=f"e{number}", role=role, host=f"h{host}", instance=f"i{number}", model="m", block_tokens=64,
-            block_bytes=8 << 20, max_context_tokens=1 << 17, vocab_size=128_256, relay_address=f"{source}:7000",
-        )  # fmt: skip
-        links = [
-            LinkReport(relay=f"127.0.{at}.1:7000", direction="hand-off" if at % 2 else "read", load_bytes_per_s=1e9,
-                       backlog_bytes=at << 20, bytes_per_s=2e10)
-            for at in range(LINKS)
-        ]  # fmt: skip
-        self._report = EngineReport(total_pages=20_000, compute=(1e-3, 1e-5, 1e-10), storage_bytes_per_s=4e10,
-                                    links=links if role == "prefill" else [])  # fmt: skip
-        self._sequence = self._placed = 0
         self._arrived = bytearray()
-        self._welcome = self._register(secret)
+        self.welcome = self._register(secret, first, wire.GREETING if front is None else wire.front_greeting(front))
         self.sock.setblocking(False)
 
-    def beat(self) -> None:
-        """Send a heartbeat: all that changes with load has changed."""
-        self._sequence += 1
-        at = self._sequence
-        self._report = msgspec.structs.replace(
-            self._report, preemptions=at, tokens=at % 100_000, unfinished=at % 100, read_queue_tokens=at % 50_000,
-            storage_bytes_per_s=4e10 + at % 1000 * 1e6, compute=(1e-3, 1e-5 + at % 1000 * 1e-9, 1e-10),
-        )  # fmt: skip
-        self._send(wire.frame(wire.Heartbeat(self._welcome.epoch, at, self._report, self._placed)))
-
-    def take(self) -> None:
-        """Read what arrived, and answer it. Raises ConnectionError when the router is gone."""
+    def messages(self) -> Iterator[wire.FromRouter]:
+        """What arrived. Raises ConnectionError when the router is gone."""
         try:
             received = self.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -93,34 +70,77 @@ class _Engine:
                 return
             message = wire.decode_from_router(bytes(arrived[wire.LENGTH.size : end]))
             del arrived[:end]
-            if isinstance(message, wire.Place):
-                self._placed += 1
-                self._answer(message.placed)
+            yield message
 
-    def _answer(self, placed: PlacedRequest) -> None:
-        decode = placed.part == "decode"
-        event = wire.Event(
-            placed.request_id, placed.attempt, placed.first_index + decode, [7], "length" if decode else "handed_over",
-            report=wire.pack_report(ANSWERED),
-        )  # fmt: skip
-        for frame in wire.event_frames(self._welcome.epoch, [event]):
-            self._send(frame)
-
-    def _send(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> None:
         """Frames are short, and the router reads: what does not fit ends the measurement."""
         if self.sock.send(frame) != len(frame):
             raise ConnectionError("the router does not read")
 
-    def _register(self, secret: Secret) -> wire.Welcome:
+    def _register(self, secret: Secret, first: bytes, greeting: Greeting) -> wire.Welcome:
         sock = self.sock
-        sock.sendall(wire.greeting(True))
-        wire.check_greeting(_exactly(sock, wire.GREETING.size), True)
+        sock.sendall(greeting.pack(True))
+        greeting.check(_exactly(sock, greeting.size), True)
         prove_as_client(sock, secret, wire.PURPOSE)
-        sock.sendall(b"".join(wire.register_frames(self.card, self._report, [])))
+        sock.sendall(first)
         answer = wire.decode_from_router(_exactly(sock, wire.frame_length(_exactly(sock, wire.LENGTH.size))))
         if not isinstance(answer, wire.Welcome):
             raise ConnectionError(f"the router answered with {answer}")
         return answer
+
+
+class _Engine:
+    """One engine, connected to the router and to its fronts. A heartbeat reports as many preemptions as there were
+    heartbeats, so that the router counts them."""
+
+    def __init__(self, router: tuple[str, int], secret: Secret, number: int) -> None:
+        host = number // HOST_ENGINES
+        source = f"127.0.{1 + host // 250}.{1 + host % 250}"
+        role: Literal["prefill", "decode"] = "decode" if host % 2 else "prefill"
+        card = wire.EngineCard(
+            name=f"e{number}", role=role, host=f"h{host}", instance=f"i{number}", model="m", block_tokens=64,
+            block_bytes=8 << 20, max_context_tokens=1 << 17, vocab_size=128_256, relay_address=f"{source}:7000",
+            links_to_fronts=True,
+        )  # fmt: skip
+        links = [
+            LinkReport(relay=f"127.0.{at}.1:7000", direction="hand-off" if at % 2 else "read", load_bytes_per_s=1e9,
+                       backlog_bytes=at << 20, bytes_per_s=2e10)
+            for at in range(LINKS)
+        ]  # fmt: skip
+        self._report = EngineReport(total_pages=20_000, compute=(1e-3, 1e-5, 1e-10), storage_bytes_per_s=4e10,
+                                    links=links if role == "prefill" else [])  # fmt: skip
+        self._sequence = self._placed = 0
+        first = b"".join(wire.register_frames(card, self._report, []))
+        self._router = _Connection(router, secret, source, first, None)
+        fronts = [_Connection(router, secret, source, first, at) for at in range(self._router.welcome.fronts)]
+        self.connections = [self._router, *fronts]
+
+    def beat(self) -> None:
+        """Send a heartbeat: all that changes with load has changed."""
+        self._sequence += 1
+        at = self._sequence
+        self._report = msgspec.structs.replace(
+            self._report, preemptions=at, tokens=at % 100_000, unfinished=at % 100, read_queue_tokens=at % 50_000,
+            storage_bytes_per_s=4e10 + at % 1000 * 1e6, compute=(1e-3, 1e-5 + at % 1000 * 1e-9, 1e-10),
+        )  # fmt: skip
+        self._router.send(wire.frame(wire.Heartbeat(self._router.welcome.epoch, at, self._report, self._placed)))
+
+    def take(self, connection: _Connection) -> None:
+        """Read what arrived, and answer it. Raises ConnectionError when the router is gone."""
+        for message in connection.messages():
+            if isinstance(message, wire.Place):
+                self._placed = max(self._placed, message.number)
+                _answer(connection, message.placed)
+
+
+def _answer(connection: _Connection, placed: PlacedRequest) -> None:
+    decode = placed.part == "decode"
+    event = wire.Event(
+        placed.request_id, placed.attempt, placed.first_index + decode, [7], "length" if decode else "handed_over",
+        report=wire.pack_report(ANSWERED),
+    )  # fmt: skip
+    for frame in wire.event_frames(connection.welcome.epoch, [event]):
+        connection.send(frame)
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:
@@ -136,7 +156,7 @@ def serve(router: tuple[str, int], secret: Secret, count: int, beat_s: float) ->
     with ThreadPoolExecutor(AT_ONCE) as threads:
         engines = list(threads.map(partial(_registered, router, secret), range(count)))
     print(f"engines registered: {count}.", flush=True)
-    by_file = {engine.sock.fileno(): engine for engine in engines}
+    by_file = {one.sock.fileno(): (engine, one) for engine in engines for one in engine.connections}
     ready = select.epoll()
     for file in by_file:
         ready.register(file, select.EPOLLIN)
@@ -146,7 +166,8 @@ def serve(router: tuple[str, int], secret: Secret, count: int, beat_s: float) ->
             engines[turn % count].beat()
             turn, next_s = turn + 1, next_s + beat_s / count
         for file, _ in ready.poll(max(0.0, next_s - time.monotonic())):
-            by_file[file].take()
+            engine, connection = by_file[file]
+            engine.take(connection)
 
 
 def _registered(router: tuple[str, int], secret: Secret, number: int) -> _Engine:

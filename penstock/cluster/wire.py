@@ -33,6 +33,8 @@ from penstock.framing import ProtocolError as ProtocolError
 
 GREETING = Greeting("cluster", b"PNSTCL", version=5, usual_secret=True)  # without one, certificates are enough
 greeting, check_greeting = GREETING.pack, GREETING.check
+FRONTS_MAX = 64
+_FRONT_MAGIC = b"PNSTF"  # then a byte: 1 and the front's number
 PURPOSE = b"cluster control 1"
 LENGTH = struct.Struct("<I")
 FRAME_BYTES_MAX = 64 << 20  # to an engine: a prompt of a million tokens takes 4 MB
@@ -44,6 +46,17 @@ _REPORT_BYTES_MAX = 96 << 10
 _RECORDS_BYTES = ENGINE_FRAME_BYTES_MAX // 2  # of events or held parts in one frame; a single one may be larger
 HANDSHAKE_S = 5.0
 NO_REPORT = msgspec.Raw(b"\xc0")
+
+
+def front_greeting(front: int) -> Greeting:
+    """The greeting of a connection between an engine and that front process of a router."""
+    return Greeting(f"cluster (front {front})", _FRONT_MAGIC + bytes([front + 1]), GREETING.version, usual_secret=True)
+
+
+def front_of(first: bytes) -> int | None:
+    """The front process that a connection which begins with these bytes is for; None: it is for the router itself."""
+    is_front = first.startswith(_FRONT_MAGIC) and 1 <= first[len(_FRONT_MAGIC)] <= FRONTS_MAX
+    return first[len(_FRONT_MAGIC)] - 1 if is_front else None
 
 
 def pack_report(report: RequestReport | None) -> msgspec.Raw:
@@ -86,6 +99,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     sampling_defaults: Annotated[dict[Name, SamplingDefault], Meta(max_length=64)] = {}
     parses_chats: bool = False
     loads_behind_recomputed: bool = True  # see `EngineSpec`
+    links_to_fronts: bool = False  # it connects to the front processes that a Welcome names
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +130,8 @@ class Register(msgspec.Struct, array_like=True, tag=1):
 
 
 class Heartbeat(msgspec.Struct, array_like=True, tag=2, gc=False):
-    """Answered by Beat, while the epoch is current. `placed`: how many Place messages the report includes."""
+    """Answered by Beat, while the epoch is current. `placed`: the highest `number` of Place messages that the report
+    includes."""
 
     epoch: Number
     sequence: Number
@@ -159,13 +174,16 @@ class MoreHeld(msgspec.Struct, array_like=True, tag=5):
 
 
 class Welcome(msgspec.Struct, array_like=True, tag=20):
-    """`keep`: (request id, attempt) of the parts with which the engine shall go on; it drops all others."""
+    """`keep`: (request id, attempt) of the parts with which the engine shall go on; it drops all others. `fronts`: so
+    many front processes of this router place requests, each over a connection of its own (`front_greeting`); 0: the
+    router itself does."""
 
     epoch: Number
     router: Name
     lease_s: LeaseSeconds
     heartbeat_s: LeaseSeconds
     keep: Annotated[list[tuple[Name, Number]], Meta(max_length=LIST_MAX)]
+    fronts: Annotated[int, Meta(ge=0, le=FRONTS_MAX)] = 0
 
 
 class Refused(msgspec.Struct, array_like=True, tag=21):
@@ -182,9 +200,11 @@ class Beat(msgspec.Struct, array_like=True, tag=22):
 
 
 class Place(msgspec.Struct, array_like=True, tag=23):
-    """A part of a request that the engine is to serve."""
+    """A part of a request that the engine is to serve. `number`: of the placement, among those on this engine since it
+    registered; 0: it is not numbered."""
 
     placed: PlacedRequest
+    number: Count = 0
 
 
 class Cancel(msgspec.Struct, array_like=True, tag=24):

@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.core.connection_limits import ConnectionBudget, network_of
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -20,6 +20,7 @@ rare = RateLimitedLog(logging.getLogger(__name__))
 
 ACCEPTED_AT_ONCE = 8  # connections accepted per WINDOW_S; after that the event loop does other work
 ACCEPTED_WHILE_BUSY = 2  # equals the number of requests started per window, see turns.REQUEST_S
+DEFER_S = 0.005  # for another process of the same port to accept, which has fewer connections
 PAUSE_S = 0.05  # wait after an accept that failed because descriptors or memory ran out
 TLS_CLOSE_S = 5.0  # limit for the client's answer to a TLS close
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -52,6 +53,16 @@ class Admission:
         self.acceptor.forget(self.number)
 
 
+class Balance(Protocol):
+    """Several processes accept on one port: which of them is to take the next connection."""
+
+    def have(self, connections: int | None) -> None:
+        """This process has so many connections; None: it accepts no more."""
+
+    def is_mine(self) -> bool:
+        """Whether no other process has fewer."""
+
+
 class Acceptor:
     """Accepts connections on one event loop. Has the methods of an asyncio server that uvicorn calls."""
 
@@ -63,9 +74,12 @@ class Acceptor:
         busy: Callable[[], bool],
         tls: ssl.SSLContext | None,
         handshake_timeout_s: float,
+        balance: Balance | None = None,
     ) -> None:
         """`listener` is a listening socket; the caller closes it. `busy` says whether open connections have work
-        waiting; then fewer new ones are accepted, so that connections with a request are not closed to make room."""
+        waiting; then fewer new ones are accepted, so that connections with a request are not closed to make room.
+        `balance`: other processes accept on the same socket. Where it is the turn of another one, this one waits for
+        DEFER_S, then accepts all the same."""
         self.budget = budget
         self._listener = listener
         self._protocol = protocol
@@ -77,15 +91,20 @@ class Acceptor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._serial = 0
         self._pause: asyncio.TimerHandle | None = None
+        self._open = True
+        self._balance = balance
+        self._deferred_s = 0.0  # when it last waited for another process
+        self._have()
         listener.setblocking(False)
         self._loop.add_reader(listener, self._accept)
-        self._open = True
 
     def close(self) -> None:
         """Stop accepting. Connections in their TLS handshake are closed; established ones continue."""
         if self._open:
             self._open = False
             self._loop.remove_reader(self._listener)
+            if self._balance is not None:
+                self._balance.have(None)
             if self._pause is not None:
                 self._pause.cancel()
             for task in self._tasks:
@@ -106,9 +125,26 @@ class Acceptor:
         """Free the budget entry of a closed connection."""
         self.budget.closed(number)
         self._admitted.pop(number, None)
+        self._have()
+
+    def _have(self) -> None:
+        if self._balance is not None and self._open:
+            self._balance.have(self.budget.open)
+
+    def _defers(self) -> bool:
+        """Whether another process is to accept first; not twice in a row."""
+        if self._balance is None or self._balance.is_mine():
+            return False
+        now = self._loop.time()
+        has_waited = now - self._deferred_s < 2 * DEFER_S
+        self._deferred_s = 0.0 if has_waited else now
+        return not has_waited
 
     def _accept(self) -> None:
         for _ in range(ACCEPTED_WHILE_BUSY if self._busy() else ACCEPTED_AT_ONCE):
+            if self._defers():
+                self._pause_for(DEFER_S)
+                return
             try:
                 client, address = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -144,6 +180,7 @@ class Acceptor:
             return
         admission = Admission(self, number, host, client.close)
         self._admitted[number] = admission
+        self._have()
         self.close_all(victims)
         task = self._loop.create_task(self._connect(client, admission))
         self._tasks.add(task)

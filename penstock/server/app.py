@@ -65,6 +65,8 @@ class ServerApp:
         self.tracing: Tracing | None = None
         if settings.otlp_endpoint is not None:
             self.tracing = otlp_tracing(settings.otlp_endpoint, settings.model_name, self.metrics.traces_dropped.inc)
+        self.render_metrics: Callable[[], bytes] = self.metrics.render  # the text of /metrics; it may block
+        self.live_record: Callable[[], dict[str, Any]] = partial(self.live.record, engine)  # of /live; it may block
         self.draining = False
         self.hosts: HostCheck | None = None  # set by the listening server; None: any Host is accepted
         self.requests_max = settings.connections_max  # requests open at once, on all paths
@@ -152,10 +154,10 @@ class ServerApp:
         return page_response(live_page("penstock.server", "page.html"))
 
     async def _live(self, request: Request) -> Response:
-        return json_response(await self._inform(partial(self.live.record, self._engine)))
+        return json_response(await self._inform(self.live_record))
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(await self._inform(self.metrics.render), headers={"content-type": CONTENT_TYPE})
+        return Response(await self._inform(self.render_metrics), headers={"content-type": CONTENT_TYPE})
 
     async def _inform(self, ask: Callable[[], T]) -> T:
         """Run a query of the engine that may block, on a thread. Raises ApiError(503) when too many are waiting."""

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import time
 from collections import deque
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -33,10 +34,16 @@ class LiveWindow:
         self._recent.append(report)
         self._finished += 1
 
-    def record(self, engine: EngineAPI) -> dict[str, Any]:
-        """The page's data. `stages` and percentiles cover the last requests, in seconds."""
+    def window(self) -> tuple[list[RequestReport], int]:
+        """The last finished requests, and how many there were in all."""
+        return list(self._recent), self._finished
+
+    def record(self, engine: EngineAPI, others: Sequence[tuple[Sequence[RequestReport], int]] = ()) -> dict[str, Any]:
+        """The page's data. `stages` and percentiles cover the last requests, in seconds. `others`: windows of other
+        processes of this server."""
         healthy, why = engine.healthy()
-        recent = list(self._recent)
+        windows = [*others, self.window()]
+        recent = [report for reports, _ in windows for report in reports]
         try:
             stats = engine.stats()
             gauges, extra = stats.gauges, stats.extra
@@ -52,7 +59,7 @@ class LiveWindow:
             "mode": extra.get("mode"),
             "policy": extra.get("policy"),
             "uptime_s": time.monotonic() - self._start_s,
-            "finished": self._finished,
+            "finished": sum(finished for _, finished in windows),
             "recent": len(recent),
             "gauges": gauges,
             "hit_rate": sum(r.cached_tokens for r in recent) / prompt_tokens if prompt_tokens else None,

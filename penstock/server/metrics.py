@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,7 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from penstock.engine.api import EngineAPI, RequestReport
+from penstock.engine.api import EngineAPI, EngineStats, RequestReport
 from penstock.pool.losses import losses
 from penstock.pool.net import ways
 from penstock.process.guarded_thread import thread_failures
@@ -40,7 +40,8 @@ class ServerMetrics:
 
     def __init__(self, engine: EngineAPI, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()  # all but the engine's statistics
+        self._engine, self._model_name = engine, model_name
         to = self.registry
         self.http_requests = Counter(
             "penstock_http_requests", "HTTP requests answered", ["path", "status"], registry=to
@@ -76,9 +77,8 @@ class ServerMetrics:
         )
         for result in ("met", "missed"):
             self.slo.labels(result)
-        self.registry.register(_EngineCollector(engine, model_name))
         self.registry.register(_VllmNames(self, model_name))
-        self.registry.register(_ProcessCollector())
+        self.registry.register(ProcessMetrics())
         self.traces_dropped = Counter("penstock_traces_dropped", "Requests whose spans were not sent", registry=to)
 
     def observe(self, report: RequestReport) -> None:
@@ -102,7 +102,17 @@ class ServerMetrics:
 
     def render(self) -> bytes:
         """The exposition text. Queries the engine, so do not call it on the event loop's thread."""
-        return generate_latest(self.registry)
+        stats: EngineStats | None = None
+        try:
+            stats = self._engine.stats()
+        except TimeoutError as error:
+            log.warning("the engine's metrics are not available: %s", error)
+        return self.render_all(self.registry.collect(), stats)
+
+    def render_all(self, families: Iterable[Metric], stats: EngineStats | None) -> bytes:
+        """The exposition text of these families and of the engine's statistics (None: there are none at present)."""
+        healthy, _ = self._engine.healthy()
+        return generate_latest(_Families([*families, *engine_families(healthy, stats, self._model_name)]))
 
 
 def met_slo(report: RequestReport) -> bool:
@@ -112,35 +122,33 @@ def met_slo(report: RequestReport) -> bool:
     return report.ttft_s is not None and report.ttft_s <= report.slo_ttft_s
 
 
-class _EngineCollector(Collector):
-    """`engine.stats()` as metrics `penstock_engine_*`, and what vLLM has too under its names."""
+class _Families(Collector):
+    """Families of metrics that have been collected, as the exposition takes them."""
 
-    def __init__(self, engine: EngineAPI, model_name: str) -> None:
-        self._engine = engine
-        self._model_name = model_name
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
 
-    def describe(self) -> list[Metric]:
-        return []  # called at registration; the engine's series are known only at a scrape
+    def collect(self) -> list[Metric]:
+        """See CollectorRegistry."""
+        return self._families
 
-    def collect(self) -> Iterator[Metric]:
-        healthy, _ = self._engine.healthy()
-        yield GaugeMetricFamily("penstock_engine_healthy", "1 while the engine makes progress", float(healthy))
-        try:
-            stats = self._engine.stats()
-        except TimeoutError as error:
-            log.warning("the engine's metrics are not available: %s", error)
-            return
-        for name, value in stats.gauges.items():
-            yield GaugeMetricFamily(_name(name), f"Engine: {name}", float(value))
-        for name, value in stats.counters.items():
-            yield CounterMetricFamily(_name(name), f"Engine: {name}", float(value))
-        for name, series in stats.labelled.items():
-            kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
-            family = kind(_name(name), f"Engine: {name}", labels=["name"])
-            for label, value in series.items():
-                family.add_metric([label], float(value))
-            yield family
-        yield from vllm_gauges(stats, self._model_name)
+
+def engine_families(healthy: bool, stats: EngineStats | None, model_name: str) -> Iterator[Metric]:
+    """The engine's statistics as metrics `penstock_engine_*`, and what vLLM has too under its names."""
+    yield GaugeMetricFamily("penstock_engine_healthy", "1 while the engine makes progress", float(healthy))
+    if stats is None:
+        return
+    for name, value in stats.gauges.items():
+        yield GaugeMetricFamily(_name(name), f"Engine: {name}", float(value))
+    for name, value in stats.counters.items():
+        yield CounterMetricFamily(_name(name), f"Engine: {name}", float(value))
+    for name, series in stats.labelled.items():
+        kind = CounterMetricFamily if name in _COUNTED else GaugeMetricFamily
+        family = kind(_name(name), f"Engine: {name}", labels=["name"])
+        for label, value in series.items():
+            family.add_metric([label], float(value))
+        yield family
+    yield from vllm_gauges(stats, model_name)
 
 
 class _VllmNames(Collector):
@@ -163,20 +171,22 @@ class _VllmNames(Collector):
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
-        return []  # as above
+        return []  # called at registration; of these there may be none at that time
 
     def collect(self) -> Iterator[Metric]:
         yield from vllm_counters(self._counters, self._model_name)
         yield from vllm_histograms(self._histograms, self._model_name)
 
 
-class _ProcessCollector(Collector):
+class ProcessMetrics(Collector):
     """Failures in this process that belong to no single request."""
 
     def describe(self) -> list[Metric]:
-        return []  # as above
+        """Nothing: which there are is known at a scrape."""
+        return []
 
     def collect(self) -> Iterator[Metric]:
+        """Families of counters and gauges."""
         threads = CounterMetricFamily(
             "penstock_thread_failures", "Exceptions that a thread survived or ended with", labels=["thread"]
         )

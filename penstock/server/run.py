@@ -16,7 +16,7 @@ import uvicorn
 from penstock.core.connection_limits import ConnectionBudget
 from penstock.process.file_limit import connections_within, raise_file_limit
 from penstock.process.switch_interval import switch_often
-from penstock.server.acceptor import Acceptor, Admission
+from penstock.server.acceptor import Acceptor, Admission, Balance
 from penstock.server.app import ServerApp
 from penstock.server.connection import bounded_protocol
 from penstock.server.hosts import HostCheck
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 FILES_APART = 256  # open files for everything but clients' connections: slabs, pool nodes, engines
-SHARE_MAX = 1024  # idle connections of one address; at most a quarter of all connections
 LAST_WORDS_S = 2.0  # between cancelling running requests and closing connections
 TICK_S = 0.1  # uvicorn's
 ENDED_POLL_S = 0.005  # interval of the look at connections that are ending
@@ -77,7 +76,14 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
     """One listening server. `serve_forever` returns after a signal or `stop`, when all requests have ended or were
     cancelled (after at most the settings' `drain_timeout_s` plus LAST_WORDS_S)."""
 
-    def __init__(self, server: ServerApp, listener: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        server: ServerApp,
+        listener: socket.socket,
+        on_ready: Callable[[], None] = lambda: None,
+        balance: Balance | None = None,
+    ) -> None:
+        """`balance`: other processes listen on the same socket."""
         settings = server.settings
         super().__init__(
             uvicorn.Config(
@@ -94,7 +100,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         )
         self._server = server
         self._listener = listener
-        self._on_ready = on_ready
+        self._on_ready, self._balance = on_ready, balance
         self._connections_max = settings.connections_max
         self._ending: Callable[[], object] = lambda: None  # wakes the main loop
         server.hosts = HostCheck(str(listener.getsockname()[0]), settings.allowed_hosts)
@@ -135,7 +141,7 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
         """Accept connections within the budget; replaces uvicorn's own accept loop."""
         settings, loop = self._server.settings, asyncio.get_running_loop()
         turns = Turns(loop)
-        share = max(1, min(self._connections_max // 4, SHARE_MAX))
+        share = max(1, min(self._connections_max // 4, settings.idle_of_address_max))
 
         def protocol(admission: Admission) -> asyncio.Protocol:
             found = self.config.http_protocol_class(
@@ -146,9 +152,8 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
 
         budget = ConnectionBudget(self._connections_max, share)
         context = settings.tls.context if settings.tls is not None else None
-        self.servers = [
-            Acceptor(self._listener, protocol, budget, lambda: turns.waiting > 0, context, settings.handshake_timeout_s)
-        ]
+        busy, timeout_s = lambda: turns.waiting > 0, settings.handshake_timeout_s
+        self.servers = [Acceptor(self._listener, protocol, budget, busy, context, timeout_s, self._balance)]
         self._reloading = loop.create_task(reload_changed_files(settings))
         self.started = True
         self._on_ready()

@@ -78,6 +78,7 @@ class ServerSettings(ServingRules):
     queue_tokens_max: int = 16384  # generated tokens buffered for a slow client
     open_requests_max: int = 4096  # generation requests at once, including those whose body is being read
     connections_max: int = 16384  # less if the open-file limit is lower
+    idle_of_address_max: int = 1024  # idle connections of one address; at most a quarter of all connections
     choices_max: int = 128  # prompts x n of one request
     stop_strings_max: int = 16
     stop_characters_max: int = 1024

@@ -1,7 +1,8 @@
 """kill -9 of the processes of a real cluster at random times under load: no client gets a wrong or doubled token.
 
 By hand: `python -m tests.cluster.kill_rounds 100` kills 100 times and prints the counts; `20 --seed 2` are 20 rounds of
-other times and victims, `--out FOLDER` keeps what the processes said. The tests run a few rounds.
+other times and victims, `--out FOLDER` keeps what the processes said, `--fronts 2` gives the router front processes,
+which are killed, too. The tests run a few rounds.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ model = "model"
 [router]
 port = {port}
 lease_s = 3.0
+fronts = 1
 [[pool]]
 memory = ["32MiB"]
 [serve]
@@ -231,11 +233,13 @@ def running(
         (folder / "output.txt").write_text("\n".join(lines))
 
 
-def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...] = (), show: bool = False) -> Counts:
+def kill_rounds(
+    folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...] = (), show: bool = False, fronts: int = 1
+) -> Counts:
     """Start a cluster in `folder`, kill `rounds` times (of these kinds, in turn; at random when there are none given),
-    end it."""
+    end it. With several `fronts` each second victim is one of them."""
     generator = random.Random(seed)
-    with running(folder) as (supervisor, reference):
+    with running(folder, CLUSTER.replace("fronts = 1", f"fronts = {fronts}")) as (supervisor, reference):
         load = Load(supervisor.url, reference, seed * 1000)
         try:
             for number in range(rounds):
@@ -246,7 +250,10 @@ def kill_rounds(folder: Path, rounds: int, seed: int = 1, kinds: tuple[str, ...]
                 chosen = [
                     c for c in supervisor.children.values() if not kinds or c.spec.kind == kinds[number % len(kinds)]
                 ]
-                kill(generator.choice(chosen), supervisor, load.counts)
+                if fronts > 1 and number % 2 == 0:
+                    kill_front(generator, supervisor, load.counts)
+                else:
+                    kill(generator.choice(chosen), supervisor, load.counts)
                 if show:
                     now = load.counts
                     print(f"{number + 1}: {sum(now.kills.values())} kills; {now.answers} answers, {now.retried} "
@@ -261,6 +268,15 @@ def kill(victim: Child, supervisor: Supervisor, counts: Counts) -> None:
     counts.kills[victim.spec.kind if victim.spec.kind != "engine" else victim.spec.name] += 1
     victim.ready.clear()
     os.kill(victim.pid, signal.SIGKILL)
+    until_up(supervisor)
+
+
+def kill_front(generator: random.Random, supervisor: Supervisor, counts: Counts) -> None:
+    """kill -9 of a front process of the router, until another one answers."""
+    router = supervisor.children["router"].pid
+    fronts = Path(f"/proc/{router}/task/{router}/children").read_text().split()
+    os.kill(int(generator.choice(fronts)), signal.SIGKILL)
+    counts.kills["front"] += 1
     until_up(supervisor)
 
 
@@ -279,8 +295,9 @@ if __name__ == "__main__":
     parser.add_argument("rounds", type=int, nargs="?", default=100)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--fronts", type=int, default=1)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         begin = time.monotonic()
-        result = kill_rounds(asked.out or Path(temporary), asked.rounds, asked.seed, show=True)
+        result = kill_rounds(asked.out or Path(temporary), asked.rounds, asked.seed, show=True, fronts=asked.fronts)
         conclude(result, time.monotonic() - begin)

@@ -10,6 +10,7 @@ import pytest
 
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport
+from penstock.cluster.router import front_wire
 from penstock.engine.api import RequestReport
 from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
 from tests.message_mutants import Kinds
@@ -20,14 +21,17 @@ FROM_ENGINE = Protocol(
     "from an engine", wire.FromEngine, wire.decode_from_engine, wire.ProtocolError, REPORTS, wire.report_in
 )
 FROM_ROUTER = Protocol("from a router", wire.FromRouter, wire.decode_from_router, wire.ProtocolError)
-KINDS = [(protocol, cls) for protocol in (FROM_ENGINE, FROM_ROUTER) for cls in protocol.kinds]
+FROM_FRONT = Protocol("from a front", front_wire.FromFront, front_wire.from_front, wire.ProtocolError)
+FROM_PLACER = Protocol("from a placer", front_wire.FromPlacer, front_wire.from_placer, wire.ProtocolError)
+PROTOCOLS = (FROM_ENGINE, FROM_ROUTER, FROM_FRONT, FROM_PLACER)
+KINDS = [(protocol, cls) for protocol in PROTOCOLS for cls in protocol.kinds]
 CARD = wire.EngineCard(
     name="e", role="mixed", host="h", instance="i", model="m", block_tokens=16, block_bytes=4096,
     max_context_tokens=4096, vocab_size=10,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [FROM_ENGINE, FROM_ROUTER], ids=lambda one: one.name)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda one: one.name)
 def test_every_field_has_bounds(protocol: Protocol) -> None:
     assert len(protocol.kinds) > 3 and protocol.missing_bounds() == []
 

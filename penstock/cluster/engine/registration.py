@@ -3,6 +3,9 @@
 Without a lease it serves nothing: it stops all requests, except those that a client may ask for again (their tokens are
 stored for KEEP_S, and offered to the router at the next registration). Each connection has one reader, on this class's
 own thread, and one sender.
+
+Where a router has front processes, requests and tokens go over a connection to each of them (`front_links`), which is a
+registration, too; that with the router itself then says only what the engine is and how loaded.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import msgspec
+
 from penstock.cluster import wire
+from penstock.cluster.engine.front_links import FrontLinks
 from penstock.cluster.engine.resumable_parts import ResumablePart, ResumableParts
 from penstock.cluster.messages import EngineReport, PlacedRequest
 from penstock.cluster.wire_types import clip
@@ -65,13 +71,14 @@ class Host(Protocol):
 @dataclass(frozen=True, slots=True)
 class RegistrationSettings:
     """`router` is (host, port) of its cluster port. `secret`, `tls` or both prove that this engine belongs to the
-    cluster."""
+    cluster. `front`: the front process of the router that the connection is for; None: the router itself."""
 
     router: tuple[str, int]
     secret: Secret | None
     keep_s: float = KEEP_S
     unhealthy_s: float = UNHEALTHY_S
     tls: PeerTls | None = None
+    front: int | None = None
 
 
 class RegistrationRefused(Exception):
@@ -114,16 +121,22 @@ class EngineRegistration:
         card: wire.EngineCard,
         settings: RegistrationSettings,
         on_refused: Callable[[], None] = lambda: None,
+        on_registered: Callable[[], None] = lambda: None,
+        on_placed: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """`on_refused` is called once, when this engine will not serve again (see `failure`)."""
-        self.card = card
+        """`on_refused` is called once, when this engine will not serve again (see `failure`); `on_registered` after
+        each registration, `on_placed` with the number of each placement."""
+        self.card = msgspec.structs.replace(card, links_to_fronts=True)
         self.failure: str | None = None
         self.ended = threading.Event()
         self.registered = threading.Event()
         self._host = host
         self._settings = settings
-        self._on_refused = on_refused
+        self._on_refused, self._on_registered, self._on_placed = on_refused, on_registered, on_placed
         self._place = format_address(*settings.router)
+        if settings.front is not None:
+            self._place += f" (front {settings.front})"
+        self._links = FrontLinks(self._link_to)
         self._lock = threading.Lock()
         self._to_send = threading.Condition(self._lock)
         self._held = ResumableParts(settings.keep_s)
@@ -157,6 +170,7 @@ class EngineRegistration:
             session.cut("closed")
         elif dialed is not None:
             _shut(dialed)
+        self._links.close(timeout_s, why)
         self._thread.join(timeout_s)
         self._stop_all()
 
@@ -228,7 +242,7 @@ class EngineRegistration:
         with self._lock:
             held = self._held.records()
         sent_s = time.monotonic()
-        sock.sendall(b"".join(wire.register_frames(self.card, self._host.report(), held)))
+        sock.sendall(b"".join(wire.register_frames(self.card, self._report(), held)))
         answer = wire.decode_from_router(_receive_frame(sock))
         if isinstance(answer, wire.Refused):
             raise RegistrationRefused(answer.reason, not answer.retry)
@@ -240,13 +254,19 @@ class EngineRegistration:
             self._cancel(request_id, attempt)
         return _Session(sock, answer, sent_s)
 
+    def _report(self) -> EngineReport:
+        """For the router, which places; its front processes do not ask how loaded this engine is."""
+        return self._host.report() if self._settings.front is None else EngineReport()
+
     def _prove(self, plain: socket.socket) -> Stream:
         """The connection after both sides have proven certificate or secret, as configured. Raises OSError,
         ProtocolError or SecretRefused."""
         secret, tls, until_s = self._settings.secret, self._settings.tls, time.monotonic() + wire.HANDSHAKE_S
+        front = self._settings.front
+        greeting = wire.GREETING if front is None else wire.front_greeting(front)
         plain.settimeout(wire.HANDSHAKE_S)
-        plain.sendall(wire.greeting(secret is not None, tls is not None))
-        wire.check_greeting(_receive(plain, wire.GREETING.size), secret is not None, tls is not None)
+        plain.sendall(greeting.pack(secret is not None, tls is not None))
+        greeting.check(_receive(plain, greeting.size), secret is not None, tls is not None)
         sock: Stream = plain
         if tls is not None:
             sock = begin_tls(plain, tls, "client", self._settings.router[0], until_s)
@@ -270,7 +290,8 @@ class EngineRegistration:
             self._session, self._dialed = session, None
         if self._closing.is_set():  # `close` did not see the session
             session.cut("closed")
-        self.registered.set()
+        self._links.open(session.welcome.fronts)
+        self._linked()
         sender.start()
         why = "the connection failed"
         try:
@@ -281,13 +302,28 @@ class EngineRegistration:
             session.cut(why)
             with self._lock:
                 self._session = None
+                self.registered.clear()
                 self._to_send.notify_all()
-            self.registered.clear()
             sender.join(JOIN_S)
             self._lost_s = time.monotonic()
             if not self._closing.is_set():
                 self._log_state(f"router {self._place} is lost: {session.over}")
             self._stop_all_but_resumable()
+
+    def _link_to(self, front: int) -> EngineRegistration:
+        """A connection to a front process of the router."""
+        settings = replace(self._settings, front=front)
+        return EngineRegistration(
+            self._host, self.card, settings, on_registered=self._linked, on_placed=self._links.placed
+        )
+
+    def _linked(self) -> None:
+        """`registered` is set once requests can come: over all connections that the router asks for."""
+        with self._lock:
+            if self._session is None or self.registered.is_set() or not self._links.all_registered(time.monotonic()):
+                return
+            self.registered.set()
+        self._on_registered()
 
     def _receive_all(self, session: _Session) -> None:
         while session.over is None:
@@ -314,7 +350,6 @@ class EngineRegistration:
             raise wire.ProtocolError(f"it placed for epoch {placed.epoch}; this is {session.welcome.epoch}")
         if not session.lease.valid(time.monotonic()):
             raise ConnectionError("it placed a request after the lease had ended")
-        session.placed += 1
         with self._lock:
             known = (placed.request_id, placed.attempt) in self._held
             stale = self._held.drop([part.key for part in self._held.attempts(placed.request_id)])
@@ -377,9 +412,10 @@ class EngineRegistration:
                 if now >= next_beat_s:
                     sequence += 1
                     session.lease.sent(sequence, now)
-                    placed = session.placed
-                    beat = wire.Heartbeat(session.welcome.epoch, sequence, self._host.report(), placed)
+                    placed = max(session.placed, self._links.highest)
+                    beat = wire.Heartbeat(session.welcome.epoch, sequence, self._report(), placed)
                     session.send(wire.frame(beat))
+                    self._linked()
                     next_beat_s = now + session.welcome.heartbeat_s
                 with self._lock:
                     self._held.drop_old(now)

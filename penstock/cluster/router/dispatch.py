@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from penstock.cluster import wire
 from penstock.cluster.messages import Part
-from penstock.cluster.router.engine_accounts import EngineAccounts
-from penstock.cluster.router.engine_registry import EngineRegistry
+from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
 from penstock.cluster.router.routed_request import RoutedRequest, has_decode_part, part_of, placed_request
 from penstock.core.cluster.decisions import Place, Replan
+
+
+def read_tokens_of(place: Place, engine: str) -> int:
+    """Tokens of KV that this engine reads for a placement."""
+    tokens = place.decode_tokens if engine == place.decode else 0
+    if engine == place.prefill:
+        tokens += place.hit_tokens - place.recompute_tokens - place.decode_tokens
+    return tokens
 
 
 class Dispatch:
     """Messages to an engine that has left are dropped: its parts have ended."""
 
-    def __init__(self, port: EngineRegistry, accounts: EngineAccounts) -> None:
+    def __init__(self, port: EngineRegistry, numbered: Callable[[RegisteredEngine, Place], int]) -> None:
+        """`numbered` returns the number of a placement on one of its engines; it is called once for each."""
         self._port = port
-        self._accounts = accounts
+        self._numbered = numbered
 
     def place(self, routed: RoutedRequest, place: Place) -> bool:
         """Begin an attempt on its engines; False, with nothing sent, when one of them has left. Raises ConfigError."""
@@ -38,12 +46,8 @@ class Dispatch:
         for engine in {prefill.name: prefill, decode.name: decode}.values():
             if engine.name not in parts:
                 continue
-            read_tokens = place.decode_tokens if engine is decode else 0
-            if engine is prefill:
-                read_tokens += place.hit_tokens - place.recompute_tokens - place.decode_tokens
-            if place.read != "none":
-                self._accounts.placed(engine, read_tokens)
-            self._port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch)))
+            number = self._numbered(engine, place)
+            self._port.send(engine, wire.Place(part_of(placed, parts[engine.name], engine.epoch), number))
         return True
 
     def replan(self, routed: RoutedRequest, decision: Replan) -> None:

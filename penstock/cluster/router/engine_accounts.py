@@ -153,14 +153,16 @@ class EngineAccounts:
         if not host.engines:
             self._scheduler.node_lost(name, now)
 
-    def placed(self, engine: RegisteredEngine, read_tokens: int) -> None:
-        """A request was placed on the engine, which will read `read_tokens` for it."""
+    def placed(self, engine: RegisteredEngine, read_tokens: int) -> int:
+        """A request was placed on the engine, which will read `read_tokens` for it; returns the placement's number."""
         account = self._accounts.get(engine.name)
-        if account is not None:
-            account.placed += 1
-            if read_tokens:
-                account.unseen.append((account.placed, self._scheduler.assigned_before(engine.card.host) + 1))
-                self._hosts[engine.card.host].late[engine.name] = account
+        if account is None:
+            return 0
+        account.placed += 1
+        if read_tokens:
+            account.unseen.append((account.placed, self._scheduler.assigned_before(engine.card.host) + 1))
+            self._hosts[engine.card.host].late[engine.name] = account
+        return account.placed
 
     def reported(self, engine: RegisteredEngine, now: float) -> None:
         """The engine's report has changed."""

@@ -1,10 +1,21 @@
-"""Checks whether an engine that registers is compatible with the registered ones."""
+"""Checks whether an engine that registers is compatible with the registered ones, and whether these can serve."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.cluster.router.engine_registry import RegisteredEngine
 from penstock.cluster.wire import EngineCard
+
+
+def can_serve(engines: Sequence[RegisteredEngine], sidecar: bool) -> tuple[bool, str]:
+    """Whether these engines can serve a request, and why not."""
+    roles = {engine.card.role for engine in engines}
+    if "mixed" in roles or ({"decode"} if sidecar else {"prefill", "decode"}) <= roles:
+        return True, "ok"
+    if not roles:
+        return False, "no engine has registered"
+    return False, f"only {roles.pop()} engines have registered; a request needs both, or a mixed one"
 
 
 def misfit(card: EngineCard, others: Sequence[EngineCard], vocabulary: str = "") -> str | None:

@@ -10,6 +10,9 @@ An engine's frames are short, and other engines have their turn (`frame_flow`). 
 A connection must register within HANDSHAKE_S. When STRANGERS_MAX connections have not registered, the oldest one of the
 address with the most of them is closed for the next: a peer with the secret needs only a few milliseconds. Engines are
 limited separately, also by address (`core.connection_limits`).
+
+A router with front processes accepts the connections for all of them: those whose greeting names a front are passed to
+it before anything is answered (`PassLink`). A front's registry takes connections in that way only (`adopt`).
 """
 
 from __future__ import annotations
@@ -76,6 +79,9 @@ class RegisteredEngine:
         return self.card.name
 
 
+PassLink = Callable[[int, bytes, int], bool]  # (front, greeting, file) -> whether that front has a copy of the file now
+
+
 class Listener(Protocol):
     """Receives the events of the port: the router. Called on the port's event loop; must not block."""
 
@@ -119,13 +125,16 @@ class EngineRegistry:
     def __init__(
         self,
         listener: Listener,
-        sock: socket.socket,
+        sock: socket.socket | None,
         secret: Secret | None,
         lease_s: float,
         tls: PeerTls | None = None,
+        fronts: int = 0,
+        pass_link: PassLink | None = None,
     ) -> None:
-        """An engine proves the `secret`, shows a certificate (`tls`), or does both, where both are given. Raises
-        ValueError where neither is."""
+        """An engine proves the `secret`, shows a certificate (`tls`), or does both, where both are given. Without a
+        `sock` connections are adopted. `fronts`: engines connect to so many front processes, too. Raises ValueError for
+        neither secret nor certificates."""
         if secret is None and tls is None:
             raise ValueError("neither a secret nor certificates are given; allowed: one of them, or both")
         self.router_id = secrets.token_hex(8)
@@ -135,6 +144,7 @@ class EngineRegistry:
         self._listener = listener
         self._sock = sock
         self._secret, self._tls = secret, tls
+        self._fronts, self._pass_link = fronts, pass_link
         # Random begin (2^40 values): epochs of two routers are the same only by rare chance.
         self._membership = Membership(lease_s, first_epoch=secrets.randbelow(1 << 40) << 20)
         limits = ConnectionLimits.within(file_limit(), STRANGERS_MAX, ENGINES_MAX, ENGINES_OF_ADDRESS_MAX)
@@ -147,11 +157,12 @@ class EngineRegistry:
 
     async def start(self) -> None:
         """Begin to accept connections and to expire leases."""
-        # asyncio accepts as many at once as the backlog.
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: PushStream(self._connected, RECEIVED_AHEAD_BYTES), sock=self._sock, backlog=ACCEPT_AT_ONCE
-        )
-        self._sock.listen(BACKLOG)
+        if self._sock is not None:
+            # asyncio accepts as many at once as the backlog.
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: PushStream(self._connected, RECEIVED_AHEAD_BYTES), sock=self._sock, backlog=ACCEPT_AT_ONCE
+            )
+            self._sock.listen(BACKLOG)
         expire = asyncio.create_task(self._expire())
         self._keep(expire)
 
@@ -166,6 +177,20 @@ class EngineRegistry:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def adopt(self, sock: socket.socket, greeting: bytes) -> None:
+        """Serve a connection that another process accepted, and of which it has read the engine's greeting. Raises
+        OSError."""
+        connected = partial(self._connected, greeted=greeting)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: PushStream(connected, RECEIVED_AHEAD_BYTES), sock
+        )
+
+    def lose(self, name: str, why: str) -> None:
+        """End the registration of this engine, if there is one."""
+        engine = self.engines.get(name)
+        if engine is not None:
+            self._lose(engine, why)
 
     def send(self, engine: RegisteredEngine, message: wire.FromRouter) -> None:
         """Queue a message for an engine; an engine that does not receive its messages counts as lost."""
@@ -184,7 +209,7 @@ class EngineRegistry:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _connected(self, stream: PushStream) -> None:
+    async def _connected(self, stream: PushStream, greeted: bytes = b"") -> None:
         task = asyncio.current_task()
         assert task is not None
         self._keep(task)
@@ -198,7 +223,7 @@ class EngineRegistry:
         try:
             if leaves is not None:
                 self._drop(leaves)
-            engine = await self._admit(stream, peer, address, task)
+            engine = await self._admit(stream, greeted, peer, address, task)
             if engine is not None:
                 why = await self._serve(engine, engine.stream, address)
         except wire.ProtocolError as error:
@@ -230,19 +255,25 @@ class EngineRegistry:
     async def _admit(
         self,
         plain: PushStream,
+        greeted: bytes,
         peer: str,
         address: str,
         task: asyncio.Task[None],
     ) -> RegisteredEngine | None:
-        """Admit an unknown peer as an engine; None: it was refused. Raises ProtocolError, SecretRefused, TlsError or
-        another OSError."""
+        """Admit an unknown peer as an engine; None: it was refused, or passed to a front. `greeted`: its greeting,
+        where that was read already. Raises ProtocolError, SecretRefused, TlsError or another OSError."""
         secret, tls = self._secret, self._tls
         stream: Stream = plain
         try:
             async with asyncio.timeout(wire.HANDSHAKE_S):
-                first = await plain.readexactly(wire.GREETING.size)
-                plain.write(wire.greeting(secret is not None, tls is not None))
-                wire.check_greeting(first, secret is not None, tls is not None)
+                first = greeted or await plain.readexactly(wire.GREETING.size)
+                front = wire.front_of(first)
+                if front is not None and not greeted:
+                    self._pass_on(plain, front, first)
+                    return None
+                greeting = wire.GREETING if front is None else wire.front_greeting(front)
+                plain.write(greeting.pack(secret is not None, tls is not None))
+                greeting.check(first, secret is not None, tls is not None)
                 if tls is not None:
                     stream = await begin_tls(plain, tls)
                 if secret is not None:
@@ -251,6 +282,14 @@ class EngineRegistry:
         except TimeoutError:
             raise wire.ProtocolError(f"it did not register within {wire.HANDSHAKE_S:g} s") from None
         return self._register(register, held, stream, peer, task)
+
+    def _pass_on(self, stream: PushStream, front: int, greeting: bytes) -> None:
+        """Pass the connection to a front process; the engine says no more before it is answered. Raises ProtocolError;
+        ConnectionError where that front is not there at present, and the engine tries again."""
+        if self._pass_link is None or front >= self._fronts:
+            raise wire.ProtocolError(f"it asks for front {front}; this router has {self._fronts}")
+        if not self._pass_link(front, greeting, stream.transport.get_extra_info("socket").fileno()):
+            raise ConnectionError(f"front {front} is not there")
 
     def _drop(self, stranger: asyncio.Task[None]) -> None:
         """Close the connection of a peer that has not registered, for another one."""
@@ -332,7 +371,7 @@ class EngineRegistry:
             self._membership.end(card.name, epoch)
             self._forget(engine, "it could not be registered", after_all=True)
             return None
-        welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep)
+        welcome = wire.Welcome(epoch, self.router_id, self.lease_s, self.lease_s / BEATS_PER_LEASE, keep, self._fronts)
         # Welcome is sent first; requests that the listener places from now on follow it.
         stream.write(wire.frame(welcome))
         log.info("engine %s (%s) registered from %s: epoch %d", card.name, card.role, peer, epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +15,8 @@ from penstock.server.errors import json_response
 from penstock.server.live import live_page, page_response
 
 if TYPE_CHECKING:
-    from penstock.cluster.router.router import ClusterEngine
+    from penstock.cluster.router.placer import Placer
+    from penstock.cluster.router.router import ClusterEngine, RequestRouter
 
 REQUESTS_SHOWN = 64
 LINKS_SHOWN = 64
@@ -23,13 +24,18 @@ LINKS_SHOWN = 64
 
 def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
     """The routes of `/ui` and of its data."""
+    return page_routes(lambda: engine.ask(lambda: live_record(engine, model)))
+
+
+def page_routes(record: Callable[[], dict[str, Any]]) -> Sequence[Route]:
+    """The routes of `/ui` and of its data, which `record` returns; it may block, and raise TimeoutError."""
 
     async def page(request: Request) -> Response:
         return page_response(live_page("penstock.cluster.router", "ui.html"))
 
     async def data(request: Request) -> Response:
         try:
-            return json_response(await run_in_threadpool(engine.ask, lambda: live_record(engine, model)))
+            return json_response(await run_in_threadpool(record))
         except TimeoutError as error:
             return json_response({"error": str(error)}, 503)
 
@@ -38,6 +44,13 @@ def ui_routes(engine: ClusterEngine, model: str) -> Sequence[Route]:
 
 def live_record(engine: ClusterEngine, model: str) -> dict[str, Any]:
     """The data of the page; on the router's thread."""
+    return engines_record(engine, model) | {
+        "counters": dict(engine.counters) | engine.scheduler.counts, **requests_record(engine)
+    }  # fmt: skip
+
+
+def engines_record(engine: ClusterEngine | Placer, model: str) -> dict[str, Any]:
+    """What the page shows of engines, and of the router as a whole."""
     now = time.monotonic()
     healthy, why = engine.healthy()
     engines = [_engine(one, now) for one in engine.port.engines.values()]
@@ -47,9 +60,15 @@ def live_record(engine: ClusterEngine, model: str) -> dict[str, Any]:
         "reason": why,
         "uptime_s": now - engine.start_s,
         "read": engine.settings.scheduler.read,
-        "counters": dict(engine.counters) | engine.scheduler.counts,
         "hosts": _hosts(engine, engines),
         "links": _links(engine),
+    }
+
+
+def requests_record(engine: RequestRouter) -> dict[str, Any]:
+    """What the page shows of requests."""
+    now = time.monotonic()
+    return {
         "requests": [_request(one, now) for one in list(engine.requests.values())[:REQUESTS_SHOWN]],
         "open": len(engine.requests),
         "queues": _queues(engine),
@@ -74,7 +93,7 @@ def _engine(one: Any, now: float) -> dict[str, Any]:
     }
 
 
-def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _hosts(engine: ClusterEngine | Placer, engines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each host with its storage link; its load is the waiting bytes divided by the bytes per second."""
     nodes = engine.scheduler.groups.nodes
     hosts = []
@@ -93,7 +112,7 @@ def _hosts(engine: ClusterEngine, engines: list[dict[str, Any]]) -> list[dict[st
     return hosts
 
 
-def _links(engine: ClusterEngine) -> list[dict[str, Any]]:
+def _links(engine: ClusterEngine | Placer) -> list[dict[str, Any]]:
     """Compute links, one entry per direction, the largest backlog first. A relay that is not registered is shown by its
     address."""
     decodes = {one.card.relay_address: one.name for one in engine.port.engines.values()}
@@ -119,7 +138,7 @@ def _links(engine: ClusterEngine) -> list[dict[str, Any]]:
     return found[:LINKS_SHOWN]
 
 
-def _queues(engine: ClusterEngine) -> dict[str, int]:
+def _queues(engine: RequestRouter) -> dict[str, int]:
     """Requests by stage."""
     queues = {"wait_router": 0, "prefill": 0, "hand-off": 0, "decode": 0}
     for routed in engine.requests.values():

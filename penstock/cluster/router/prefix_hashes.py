@@ -41,9 +41,10 @@ def _keys(prompt: bytes, seed: int, begin: int, count: int, step: int) -> list[P
 class PrefixHashes:
     """Makes the keys of prompts; on any thread."""
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, secret: bytes | None = None) -> None:
+        """Processes with the same `secret` make the same keys; None: a new one."""
         self._block_bytes = block_tokens * TOKEN_BYTES
-        self._secret = os.urandom(32)
+        self._secret = os.urandom(32) if secret is None else secret
 
     def of(self, prompt: bytes, tenant: str) -> PrefixKeys:
         """The keys of a packed prompt."""

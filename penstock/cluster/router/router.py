@@ -18,17 +18,18 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from msgspec import Raw
 
 from penstock.cluster import wire
 from penstock.cluster.messages import asked_digest
-from penstock.cluster.router.dispatch import Dispatch
+from penstock.cluster.router.decision_loop import DecisionLoop
+from penstock.cluster.router.dispatch import Dispatch, read_tokens_of
 from penstock.cluster.router.engine_accounts import EngineAccounts
-from penstock.cluster.router.engine_fit import misfit
+from penstock.cluster.router.engine_fit import can_serve, misfit
 from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
 from penstock.cluster.router.open_requests import OpenRequests
 from penstock.cluster.router.prefix_hashes import PrefixHashes
@@ -37,7 +38,7 @@ from penstock.cluster.router.router_loop import RouterLoop
 from penstock.cluster.router.router_stats import router_stats
 from penstock.cluster.router.unclaimed_parts import Asked, UnclaimedParts
 from penstock.core.cluster.answer import Answer, Outcome
-from penstock.core.cluster.decisions import Decision, DecisionFailed, GiveUp, Place, Replan, Revoke, TooManyRequests
+from penstock.core.cluster.decisions import Decision, GiveUp, Place, Replan, Revoke, TooManyRequests
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.seen_prefixes import PrefixKeys, SeenPrefixes
 from penstock.core.operations import FinishReason
@@ -59,7 +60,7 @@ from penstock.pool.net.tls import PeerTls
 from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import RateLimitedLog
 
-__all__ = ["ClusterEngine", "RouterSettings"]
+__all__ = ["ClusterEngine", "RequestRouter", "RouterSettings"]
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
@@ -67,19 +68,42 @@ rare = RateLimitedLog(log)
 RECENT_MAX = 256
 KEYS_INLINE_TOKENS = 131_072  # up to this length keys are computed on the router's loop: about 0.05 ms
 KEYS_WAITING_MAX = 1024  # prompts that wait for the thread that computes keys
-FAILING_S = 5.0  # a router whose decisions have failed for so long is not healthy
 
 T = TypeVar("T")
 
 
-class ClusterEngine:
-    """All engines that register on a cluster port, as one. Contract: `engine.api.EngineAPI`."""
+class RequestScheduler(Protocol):
+    """Places requests, and is told what became of them: the scheduler core, or a connection to the process that has it.
+    See `InterEngineScheduler`."""
 
-    def __init__(
-        self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
+    def submit(
+        self, request_id: str, prompt_tokens: int, hit_tokens: int, answer_tokens: int, now: float, prefill: str | None
     ) -> None:
-        """`sock` is bound; the router listens on it from now on, and `close` closes it. `secret` and `tls` as for
-        `EngineRegistry`."""
+        """A request arrived. Raises TooManyRequests or ValueError."""
+
+    def prefilled(self, request_id: str, attempt: int) -> None:
+        """Its prompt is computed."""
+
+    def restart(self, request_id: str, attempt: int) -> None:
+        """The attempt failed through no fault of the request."""
+
+    def ended(self, request_id: str, attempt: int) -> None:
+        """It has its whole answer."""
+
+    def cancel(self, request_id: str) -> None:
+        """It has ended, with its answer or without."""
+
+
+class RequestRouter:
+    """Open requests and their answers, over the engines that register on `port`. Contract: `engine.api.EngineAPI`.
+
+    Who decides where they are served is left to subclasses: they execute decisions by `carry_out`."""
+
+    scheduler: RequestScheduler
+    port: EngineRegistry
+
+    def __init__(self, settings: RouterSettings) -> None:
+        """A subclass sets `scheduler` and `port`, then calls `_start`."""
         self.settings = settings
         self.max_context_tokens = 0
         self.vocab_size = 0  # 0 until the first engine has registered
@@ -95,11 +119,6 @@ class ClusterEngine:
         self._open = OpenRequests()
         self.requests = self._open.by_key  # by the router's keys
         self._serial = 0
-        self._failing_since_s: float | None = None
-        self.port = EngineRegistry(self, sock, secret, settings.lease_s, tls)
-        self.scheduler = InterEngineScheduler(settings.scheduler)
-        self._accounts = EngineAccounts(self.scheduler)
-        self._dispatch = Dispatch(self.port, self._accounts)
         self._seen: SeenPrefixes | None = None
         self._hashes: PrefixHashes | None = None  # with `_seen`
         self._key_maker = GuardedWorker("penstock-prompt-keys", KEYS_WAITING_MAX)
@@ -108,10 +127,37 @@ class ClusterEngine:
         self._attempt_base = int.from_bytes(os.urandom(4)) << 16
         self._early: dict[str, RoutedRequest] = {}  # wait for engines that may hold their parts
         self._usable_s = time.monotonic()  # last time when engines could serve
-        self._deciding = False
-        due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._decide_soon)
+        due = (self._begin_early, self._cancel_unclaimed, self._give_up_without_engines, self._tick)
         self._loop = RouterLoop(self.counters, due, self._end_all, failed=lambda: self.on_failed())
-        self._loop.start(self.port.start)
+
+    def _start(self, numbered: Callable[[RegisteredEngine, Place], int]) -> None:
+        """Begin to serve; `numbered` as for `Dispatch`."""
+        self._dispatch = Dispatch(self.port, numbered)
+        self._loop.start(self._begin_loop)
+
+    async def _begin_loop(self) -> None:
+        """Called on the loop first."""
+        await self.port.start()
+
+    async def _end_loop(self) -> None:
+        """Called on the loop at last, when all requests have ended."""
+        await self.port.close()
+
+    # -- for subclasses -----------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Called every TICK_S."""
+
+    def _decide_soon(self) -> None:
+        """Something happened after which requests may be placed."""
+
+    def _failing(self) -> str | None:
+        """One line, while nothing can be decided; any thread may ask."""
+        return None
+
+    def _known_prefixes(self, card: wire.EngineCard) -> tuple[SeenPrefixes, PrefixHashes]:
+        """For engines of this card's model."""
+        return SeenPrefixes(card.block_tokens), PrefixHashes(card.block_tokens)
 
     # -- callers ------------------------------------------------------------------------------------------------
 
@@ -150,23 +196,17 @@ class ClusterEngine:
 
     def stats(self) -> EngineStats:
         """See EngineAPI."""
-        return self.ask(lambda: router_stats(self.requests, self.port, self.scheduler, self.counters))
+        raise NotImplementedError
 
     def healthy(self) -> tuple[bool, str]:
         """See EngineAPI: whether registered engines can serve a request."""
         if self._loop.refusal or not self._loop.alive:
             return False, self._loop.refusal or "the router's thread ended"
-        failing_s = self._failing_since_s
-        if failing_s is not None and time.monotonic() - failing_s > FAILING_S:
-            return False, f"internal errors: nothing was decided for {time.monotonic() - failing_s:.0f} s"
+        failing = self._failing()
+        if failing is not None:
+            return False, failing
         # Without a vocabulary no request can be checked: the first engine is being registered.
-        engines = list(self.port.engines.values()) if self.vocab_size else []
-        roles = {engine.card.role for engine in engines}
-        if "mixed" in roles or ({"decode"} if self.settings.sidecar else {"prefill", "decode"}) <= roles:
-            return True, "ok"
-        if not roles:
-            return False, "no engine has registered"
-        return False, f"only {roles.pop()} engines have registered; a request needs both, or a mixed one"
+        return can_serve(list(self.port.engines.values()) if self.vocab_size else [], self.settings.sidecar)
 
     @property
     def failure(self) -> str | None:
@@ -175,7 +215,7 @@ class ClusterEngine:
 
     def close(self, timeout_s: float) -> None:
         """See EngineAPI. Requests end; engines are not notified, and register with the next router."""
-        self._loop.close(self.port.close, timeout_s)
+        self._loop.close(self._end_loop, timeout_s)
         self._key_maker.stop()
 
     def ask(self, question: Callable[[], T]) -> T:
@@ -390,41 +430,22 @@ class ClusterEngine:
 
     # -- decisions ----------------------------------------------------------------------------------------------
 
-    def _decide_soon(self) -> None:
-        if not self._deciding:
-            self._deciding = self._loop.soon(self._decide)
-
-    def _decide(self) -> None:
-        self._deciding = False
-        try:
-            decisions = self.scheduler.decide(time.monotonic())
-        except DecisionFailed as error:
-            self._decision_failed(error)
-            return
-        except Exception as error:  # noqa: BLE001 (counted; the next decision may succeed)
-            self.counters["internal_errors"] += 1
-            self._failing_since_s = self._failing_since_s or time.monotonic()
-            rare.exception("decide", "the router could not decide: %r; it tries again", error)
-            return
-        self._failing_since_s = None
-        for decision in decisions:
-            routed = self.requests.get(str(decision.request_id))
-            if routed is not None:
-                self._guarded(partial(self._carry_out, routed, decision), routed)
-
-    def _decision_failed(self, error: DecisionFailed) -> None:
-        """End the request whose decision failed; the others are decided again."""
-        self.counters["internal_errors"] += 1
-        rare.exception("decision", "request %s could not be decided on: %r", error.request_id, error.__cause__)
-        routed = self.requests.get(str(error.request_id))
+    def carry_out(self, decision: Decision) -> None:
+        """Execute a decision, unless the request has ended; a fault ends the request."""
+        routed = self.requests.get(str(decision.request_id))
         if routed is not None:
-            self._end(routed, "error", str(error))
-        self._decide_soon()
+            self._guarded(partial(self._carry_out, routed, decision), routed)
+
+    def _undecidable(self, request_id: Hashable, error: str) -> None:
+        """End the request whose decision failed."""
+        routed = self.requests.get(str(request_id))
+        if routed is not None:
+            self._end(routed, "error", error)
 
     def _carry_out(self, routed: RoutedRequest, decision: Decision) -> None:
         if isinstance(decision, Place):
             if not self._dispatch.place(routed, decision):
-                self.scheduler.restart(decision.request_id, decision.attempt)
+                self.scheduler.restart(routed.id, decision.attempt)
         elif isinstance(decision, Replan):
             self._dispatch.replan(routed, decision)
         elif isinstance(decision, Revoke):
@@ -444,7 +465,6 @@ class ClusterEngine:
     def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
         """See `engine_registry.Listener`. Parts of requests that are placed elsewhere by now are refused."""
         self._learn(engine.card)
-        self._accounts.joined(engine)
         self._usable_s = time.monotonic()
         wanted = [one for one in held if one.label and one.request_id not in self.requests]
         kept = self._unclaimed.add(engine.name, wanted, time.monotonic())
@@ -458,7 +478,7 @@ class ClusterEngine:
         """Take model, vocabulary and block size of the cluster from an engine's card."""
         if self.model != card.model or self._seen is None:
             self.model = card.model
-            self._seen, self._hashes = SeenPrefixes(card.block_tokens), PrefixHashes(card.block_tokens)
+            self._seen, self._hashes = self._known_prefixes(card)
         self.eos_token_ids = frozenset(card.eos_token_ids)
         cards = [engine.card for engine in self.port.engines.values()]
         self.max_context_tokens = min(one.max_context_tokens for one in cards)
@@ -468,22 +488,21 @@ class ClusterEngine:
 
     def engine_left(self, engine: RegisteredEngine, why: str) -> None:
         """See `engine_registry.Listener`."""
-        self.counters["engines_lost"] += 1
-        self._accounts.left(engine, time.monotonic())
-        self._unclaimed.engine_left(engine.name)
+        self._without_engine(engine.name, why, scheduler_knows=True)
+
+    def _without_engine(self, name: str, why: str, scheduler_knows: bool) -> None:
+        """Requests of an engine that left begin again. `scheduler_knows`: whoever places them knows that already."""
+        self._unclaimed.engine_left(name)
         for routed in list(self.requests.values()):
-            if engine.name in routed.answer.parts:
-                self._guarded(partial(self._engine_lost, routed, engine.name, why), routed)
+            if name in routed.answer.parts:
+                self._guarded(partial(self._engine_lost, routed, name, why, scheduler_knows), routed)
         self._decide_soon()
 
-    def _engine_lost(self, routed: RoutedRequest, name: str, why: str) -> None:
-        self._follow(routed, routed.answer.engine_lost(name, why), scheduler_knows=True)
+    def _engine_lost(self, routed: RoutedRequest, name: str, why: str, scheduler_knows: bool) -> None:
+        self._follow(routed, routed.answer.engine_lost(name, why), scheduler_knows)
 
     def engine_reported(self, engine: RegisteredEngine) -> None:
         """See `engine_registry.Listener`."""
-        self._accounts.reported(engine, time.monotonic())
-        if self._failing_since_s is not None or not self.scheduler.idle:
-            self._decide_soon()
 
     def engine_events(self, engine: RegisteredEngine, events: Sequence[wire.Event]) -> int:
         """See `engine_registry.Listener`."""
@@ -527,7 +546,7 @@ class ClusterEngine:
         if part == "prefill" and routed.scheduler_attempt is not None:
             self.scheduler.prefilled(routed.id, routed.scheduler_attempt)
         if event.finish_reason in ("handed_over", "stop", "length"):
-            self._with_keys(routed, SeenPrefixes.add)
+            self._with_keys(routed, lambda seen, keys: seen.add(keys))
         assert event.finish_reason is not None
         if routed.request.api is not None and part != "prefill" and event.finish_reason in ("stop", "length"):
             self._dispatch.cancel_parts(routed, [name for name in answer.parts if name != engine.name])
@@ -567,3 +586,55 @@ class ClusterEngine:
             elif not scheduler_knows:
                 self.scheduler.restart(routed.id, attempt)
             self._decide_soon()
+
+
+class ClusterEngine(RequestRouter):
+    """A router of one process: it has the scheduler core, too."""
+
+    scheduler: InterEngineScheduler
+
+    def __init__(
+        self, sock: socket.socket, secret: Secret | None, settings: RouterSettings, tls: PeerTls | None = None
+    ) -> None:
+        """`sock` is bound; the router listens on it from now on, and `close` closes it. `secret` and `tls` as for
+        `EngineRegistry`."""
+        super().__init__(settings)
+        self.port = EngineRegistry(self, sock, secret, settings.lease_s, tls)
+        self.scheduler = InterEngineScheduler(settings.scheduler)
+        self._accounts = EngineAccounts(self.scheduler)
+        self._decisions = DecisionLoop(
+            self.scheduler, self.counters, self._loop.soon, self.carry_out, self._undecidable
+        )
+        self._start(self._numbered)
+
+    def stats(self) -> EngineStats:
+        """See EngineAPI."""
+        return self.ask(lambda: router_stats(self.requests, self.port, self.scheduler, self.counters))
+
+    def engine_joined(self, engine: RegisteredEngine, held: Sequence[wire.Held]) -> list[tuple[str, int]]:
+        """See `engine_registry.Listener`."""
+        self._accounts.joined(engine)
+        return super().engine_joined(engine, held)
+
+    def engine_left(self, engine: RegisteredEngine, why: str) -> None:
+        """See `engine_registry.Listener`."""
+        self.counters["engines_lost"] += 1
+        self._accounts.left(engine, time.monotonic())
+        super().engine_left(engine, why)
+
+    def engine_reported(self, engine: RegisteredEngine) -> None:
+        """See `engine_registry.Listener`."""
+        self._accounts.reported(engine, time.monotonic())
+        self._decisions.reported()
+
+    def _numbered(self, engine: RegisteredEngine, place: Place) -> int:
+        return 0 if place.read == "none" else self._accounts.placed(engine, read_tokens_of(place, engine.name))
+
+    def _tick(self) -> None:
+        self._decide_soon()
+
+    def _decide_soon(self) -> None:
+        self._decisions.decide_soon()
+
+    def _failing(self) -> str | None:
+        return self._decisions.failing

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,13 +18,24 @@ from penstock.server.api_flags import API, API_FLAGS, API_LIMITS, CLUSTER, LIMIT
 from penstock.server.api_settings import DEFAULT_PORT
 
 if TYPE_CHECKING:
-    from penstock.server.text import TextCodec
+    from penstock.cluster.router.front_supervisor import FrontSupervisor
+    from penstock.server.settings import ServerSettings
 
 CLOSE_TIMEOUT_S = 5.0
 FAILED = 1
 PANELS = {
     API: API_FLAGS,
-    CLUSTER: ("cluster_listen", "sidecar", "secret_file", "read", "placement", "recompute", "lease_s", "grace_s"),
+    CLUSTER: (
+        "cluster_listen",
+        "fronts",
+        "sidecar",
+        "secret_file",
+        "read",
+        "placement",
+        "recompute",
+        "lease_s",
+        "grace_s",
+    ),
     TLS_PANEL: TLS_NAMES,
     LIMITS: ("no_engine_s", *API_LIMITS),
     "": ("log_level",),
@@ -42,7 +55,7 @@ def router(given: Mapping[str, Any], config: ConfigFile = None) -> None:
         refuse("penstock router", error)
     log_to_stderr(flags.log_level.upper())
     try:
-        _serve(flags)
+        _serve(flags) if flags.fronts == 1 else _serve_by_fronts(flags)
     except RouterEnded as error:
         refuse("penstock router", error, FAILED)
     except (ValueError, OSError) as error:
@@ -57,33 +70,27 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.router.live_view import ui_routes
     from penstock.cluster.router.named_prefill import NamedPrefill
     from penstock.cluster.router.router import ClusterEngine
-    from penstock.cluster.router.router_flags import router_settings, server_settings
+    from penstock.cluster.router.router_flags import router_codec, router_settings, server_settings
     from penstock.cluster.router.vllm_api import VllmApi
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
-    from penstock.server.text import load_text_codec
     from penstock.units import format_address, parse_address
 
     settings, server_side = router_settings(flags), server_settings(flags)
     raise_file_limit()
     secret, tls = proof_of(flags)
-    codec: TextCodec | None = None
     with (
         bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port) as listener,
         bind(*parse_address(flags.cluster_listen)) as cluster,
     ):
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
-        if flags.model:
-            from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
-
-            with quiet_transformers():
-                codec = load_text_codec(resolve_folder(flags.model, "dummy", flags.revision))
-            if codec is not None:
-                codec.start()
-                settings = replace(settings, vocabulary=codec.vocabulary_digest)
+        codec = router_codec(flags)
+        if codec is not None:
+            codec.start()
+            settings = replace(settings, vocabulary=codec.vocabulary_digest)
         cluster.listen()
         engine = ClusterEngine(cluster, secret, settings, tls)
         try:
@@ -103,3 +110,66 @@ def _serve(flags: RouterFlags) -> None:
             if codec is not None:
                 codec.close()
             engine.close(CLOSE_TIMEOUT_S)
+
+
+def _serve_by_fronts(flags: RouterFlags) -> None:
+    """This process places requests, and starts those that serve clients. Raises ValueError, OSError or RouterEnded with
+    one line."""
+    from penstock.cluster.peer_proof import proof_of
+    from penstock.cluster.router.front_pages import placer_record
+    from penstock.cluster.router.front_supervisor import FrontsFailed, FrontSupervisor
+    from penstock.cluster.router.placer import Placer
+    from penstock.cluster.router.router_flags import router_settings, server_settings, tokenizer_folder
+    from penstock.process.file_limit import raise_file_limit
+    from penstock.process.startup_objects import freeze_startup_objects
+    from penstock.server.run import BACKLOG, LAST_WORDS_S, bind, url_of, warn_of_open_port
+    from penstock.units import format_address, parse_address
+
+    settings, server_side = router_settings(flags), server_settings(flags)
+    raise_file_limit()
+    secret, tls = proof_of(flags)
+    with (
+        bind(flags.host, DEFAULT_PORT if flags.port is None else flags.port) as listener,
+        bind(*parse_address(flags.cluster_listen)) as cluster,
+    ):
+        url = url_of(listener, server_side.tls is not None)
+        warn_of_open_port(server_side, listener, url)
+        listener.listen(BACKLOG)
+        tokenizer_folder(flags)  # so that the fronts find it
+        cluster.listen()
+        placer = Placer(cluster, secret, settings, tls, fronts=flags.fronts)
+        placer.record_of = partial(placer_record, placer, server_side.model_name)
+        fronts = FrontSupervisor(placer, flags, listener, flags.fronts)
+        placer.on_failed = fronts.stop_soon
+        try:
+            _pass_signals(fronts, server_side)
+            fronts.start()
+            place = format_address(*cluster.getsockname()[:2])
+            print(f"penstock: router {server_side.model_name} listening on {url}, engines on {place}", flush=True)
+            freeze_startup_objects()
+            fronts.run()
+            listener.close()  # new connections are refused, as the fronts do
+        except FrontsFailed as error:
+            raise RouterEnded(str(error)) from None
+        finally:
+            fronts.stop(flags.drain_timeout_s + LAST_WORDS_S + CLOSE_TIMEOUT_S)
+            placer.close(CLOSE_TIMEOUT_S)
+        if placer.failure is not None:  # the supervisor of this process restarts it
+            raise RouterEnded(placer.failure)
+
+
+def _pass_signals(fronts: FrontSupervisor, settings: ServerSettings) -> None:
+    """SIGTERM and SIGINT end the router in order, a second one at once; SIGHUP has the fronts read keys and
+    certificates again, where there are any."""
+    asked: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        asked.append(number)
+        fronts.stop_soon()
+        if len(asked) > 1:
+            fronts.signal(signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    if settings.tenant_keys is not None or settings.tls is not None:
+        signal.signal(signal.SIGHUP, lambda number, frame: fronts.signal(number))

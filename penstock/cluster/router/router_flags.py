@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.cluster.settings import RouterTimes
+from penstock.cluster.wire import FRONTS_MAX
 from penstock.core.cluster.decisions import InterEngineConfig, PathSettings
 from penstock.core.config import ConfigError, check_choices, check_range
 from penstock.core.settings import setting, taken_over
@@ -19,6 +20,7 @@ from penstock.units import parse_address
 
 if TYPE_CHECKING:
     from penstock.cluster.router.routed_request import RouterSettings
+    from penstock.server.text import TextCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class RouterFlags(PeerSettings, RouterTimes, PathSettings, ApiFlags):
 
     model: str = setting("", "Checkpoint folder or hub id, for its tokenizer; without it clients send token ids.")
     cluster_listen: str = setting("127.0.0.1:7100", "Where engines register (their --router).", "HOST:PORT")
+    fronts: int = setting(
+        1, "Processes that serve clients beside one that places requests; 1: one process does both.", least=1
+    )
     sidecar: bool = setting(
         False, "Beside a decode engine, as llm-d's routing sidecar: x-prefiller-host-port names the prefill engine."
     )
@@ -42,6 +47,9 @@ def read_router_flags(given: Mapping[str, Any], config: Path | None) -> RouterFl
     check_range("port", flags.port or 0, 0, 65535)
     if flags.sidecar and flags.secret_file is None:
         raise ConfigError("sidecar is given without secret_file, by which it proves itself to prefill engines")
+    check_range("fronts", flags.fronts, 1, FRONTS_MAX)
+    if flags.sidecar and flags.fronts > 1:
+        raise ConfigError(f"sidecar is given with fronts {flags.fronts}; allowed: fronts 1")
     try:
         parse_address(flags.cluster_listen)
     except ValueError as error:
@@ -55,6 +63,28 @@ def router_settings(flags: RouterFlags) -> RouterSettings:
 
     scheduler = InterEngineConfig(**taken_over(PathSettings, flags))
     return RouterSettings(**taken_over(RouterTimes, flags), scheduler=scheduler, sidecar=flags.sidecar)
+
+
+def tokenizer_folder(flags: RouterFlags) -> Path | None:
+    """The folder of `model`, loaded from the hub where it is an id; None without one. Raises ValueError or OSError."""
+    if not flags.model:
+        return None
+    from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
+
+    with quiet_transformers():
+        return resolve_folder(flags.model, "dummy", flags.revision)
+
+
+def router_codec(flags: RouterFlags) -> TextCodec | None:
+    """The tokenizer of `model`, not started; None without one. Raises ValueError or OSError."""
+    folder = tokenizer_folder(flags)
+    if folder is None:
+        return None
+    from penstock.engine.checkpoint_folder import quiet_transformers
+    from penstock.server.text import load_text_codec
+
+    with quiet_transformers():
+        return load_text_codec(folder)
 
 
 def server_settings(flags: RouterFlags) -> ServerSettings:

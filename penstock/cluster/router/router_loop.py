@@ -98,6 +98,15 @@ class RouterLoop:
         self._loop.call_soon(function)
         return True
 
+    def fail(self, why: str) -> None:
+        """End all requests and the thread, as after an internal error; on the loop's thread."""
+        if self.refusal is None:
+            self.failure = self.refusal = why
+            if self._ticking is not None:
+                self._ticking.cancel()
+            self._loop.call_later(0.0, self._loop.stop)  # after that has been cancelled
+            self._failed()
+
     def guarded(self, function: Callable[[], None], failed: Callable[[Exception], None] | None = None) -> None:
         """Call it; a fault in it is logged and counted, and `failed` is called with it."""
         try:
@@ -111,9 +120,7 @@ class RouterLoop:
     def ticking_ended(self, ticking: asyncio.Task[None]) -> None:
         """Without its ticking task the router would miss every deadline: it ends, unless it is being closed."""
         if not ticking.cancelled():
-            self.failure = self.refusal = f"internal error: {ticking.exception()!r}"
-            self._loop.stop()
-            self._failed()
+            self.fail(f"internal error: {ticking.exception()!r}")
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

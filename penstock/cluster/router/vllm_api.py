@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from penstock.cluster.messages import API_BODY_BYTES_MAX
 from penstock.cluster.router.named_prefill import NamedPrefill
-from penstock.cluster.router.router import ClusterEngine
+from penstock.cluster.router.router import RequestRouter
 from penstock.engine.api import ApiCall, GenerationRequest, InvalidRequest, Overloaded, RequestReport, TokenEvent
 from penstock.engine.runner import SamplingParams
 from penstock.server.errors import ApiError, bad_request
@@ -44,7 +44,7 @@ class VllmApi:
     """Lives on the server's event loop."""
 
     def __init__(
-        self, engine: ClusterEngine, settings: ServerSettings, named_prefill: NamedPrefill | None = None
+        self, engine: RequestRouter, settings: ServerSettings, named_prefill: NamedPrefill | None = None
     ) -> None:
         """With `named_prefill` requests name the engine that computes their prompts."""
         self._engine = engine
@@ -120,7 +120,7 @@ class VllmReply:
     """An ASGI application that passes on one answer of vLLM. `on_end` is called once, as `GenerationReply`'s."""
 
     def __init__(
-        self, engine: ClusterEngine, request: GenerationRequest, settings: ServerSettings, on_end: OnEnd
+        self, engine: RequestRouter, request: GenerationRequest, settings: ServerSettings, on_end: OnEnd
     ) -> None:
         self._engine = engine
         self._request = request

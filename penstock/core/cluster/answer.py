@@ -102,6 +102,10 @@ class Answer:
         others = self._others(engine)
         return self._again(f"engine {engine} is lost: {why}", others)
 
+    def revoked(self, why: str) -> Outcome:
+        """Whoever placed the attempt takes it back: another one follows."""
+        return self._again(why, tuple(self.parts))
+
     def complete(self) -> FinishReason | None:
         """Why the answer is whole, although no engine said so; None when it is not."""
         if self.tokens and self.tokens[-1] in self.end_tokens:
