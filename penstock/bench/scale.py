@@ -20,6 +20,7 @@ QUICK_BLOCKS = 20_000
 NOTES = (
     "CPU time of one thread per block or key; ..._before: measured with the table of objects",
     "engine_*, node_*: CPU time of a whole process per block of 4 KiB; the nodes run beside it",
+    "copies_*: paced links (20 MB/s) of nodes of this process, with --replicate 0.4; ..._off: 0",
     "router_*: CPU time of the router's process; 1,365 heartbeats/s; HTTP and tokenizer left out",
     "router_http_*: with HTTP, 2,048 token ids each; ..._at_the_placer: of a router with 2 fronts",
 )
@@ -40,6 +41,7 @@ def scale(
     block over the network; of a router per heartbeat of an engine, per long prompt and per HTTP request. Each beside
     its goal, and beside what it was before (`..._before`): when every block was an object and travelled alone, and a
     prompt was a list."""
+    from penstock.bench.scale_copies import measure_copies
     from penstock.bench.scale_fronts import measure_fronts
     from penstock.bench.scale_network import measure_network
     from penstock.bench.scale_rounds import measure_rounds
@@ -57,6 +59,7 @@ def scale(
                 measure_table(report, count, step)
                 measure_open(report, count, folder, step)
                 measure_network(report, count <= QUICK_BLOCKS, step)
+                measure_copies(report, count <= QUICK_BLOCKS, step)
                 measure_router(report, count <= QUICK_BLOCKS, step)
                 measure_fronts(report, count <= QUICK_BLOCKS, step)
     except (OSError, ValueError, PoolError, ProcessFailed) as error:

@@ -17,6 +17,7 @@ from msgspec import Meta
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.pool.copies import is_copy
 
 AMOUNT_MAX = 1 << 62
 FIGURE_MAX = 1e18
@@ -84,7 +85,10 @@ class PoolStat:
     tenant without a quota (`shared`), or one of a tenant `over_quota`. `writes_refused`: writes of tenants that have no
     quota by name, where only tenants with a quota may write. `sent_bytes_by`: bytes that a node's clients read, by
     way: in `messages`, or `one-sided`; `one_sided`: how they read one-sided, or "off: " and why they do not. `losses`
-    and `thread_failures`: by kind, of the whole process (`pool.losses`, `process.guarded_thread`).
+    and `thread_failures`: by kind, of the whole process (`pool.losses`, `process.guarded_thread`). `copies`: bytes of
+    copies of blocks that other nodes have, by tenant (tag in hex); `tenants` is without them. Of a union
+    (`pool.union.replicas`): `copied_blocks` that it copied, `copy_reads`, blocks that it read from another node than
+    the one it found them on, `saved_reads`, those of them whose first read failed.
     """
 
     members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]
@@ -101,6 +105,10 @@ class PoolStat:
     writes_refused: Amount = 0
     sent_bytes_by: StatCounts = ()
     one_sided: StatName = ""
+    copies: StatCounts = ()
+    copied_blocks: Amount = 0
+    copy_reads: Amount = 0
+    saved_reads: Amount = 0
 
     def bounded(self) -> PoolStat:
         """The same record with every figure clipped to the bounds of a message, so that one absurd figure does not make
@@ -222,7 +230,7 @@ def check_write(block: NewBlock, data: memoryview) -> PoolError | None:
     """The error in a block that is about to be written, or None."""
     if len(block.key) != KEY_BYTES or len(block.parent) != KEY_BYTES or block.key == block.parent:
         return PoolError("layout", f"a key and its parent are {KEY_BYTES} bytes each and differ")
-    if len(block.tenant) not in (0, TENANT_BYTES):
+    if len(block.tenant) not in (0, TENANT_BYTES) and not is_copy(block.tenant):
         return PoolError("layout", f"a tenant's tag of {len(block.tenant)} bytes; it has {TENANT_BYTES} or none")
     if len(block.mac) not in (0, MAC_BYTES):
         return PoolError("layout", f"a MAC of {len(block.mac)} bytes; it has {MAC_BYTES} or none")

@@ -74,6 +74,10 @@ class NodeBackend(Pool, Protocol):
         """Sum of the members' read bandwidths, bytes per second; shares of new blocks follow from them."""
 
     @property
+    def takes_copies(self) -> bool:
+        """Whether clients may write copies of other nodes' blocks here (`core.pool.copies`)."""
+
+    @property
     def block_bytes_max(self) -> int:
         """The largest block that any of its members can hold."""
 

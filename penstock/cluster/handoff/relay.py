@@ -353,6 +353,7 @@ class _BufferBackend:
     node_id = b""
     own: NodeBackend | None = None
     read_bytes_per_s = 0.0
+    takes_copies = False
 
     def __init__(self, buffer: DecodeBuffer) -> None:
         self._buffer = buffer

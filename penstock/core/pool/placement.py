@@ -87,6 +87,18 @@ class SlotMap:
                     return
 
 
+def copy_node(key: BlockKey, nodes: Sequence[tuple[int, str, float]]) -> int | None:
+    """Of these nodes (number, name, weight), that which a copy of a block of a striped pool goes to, as everybody
+    computes it: weighted rendezvous, so that the copies of one node's blocks spread over all others. None without a
+    node of weight above 0."""
+
+    def score(name: str, weight: float) -> float:
+        digest = hashlib.blake2b(key + name.encode(), digest_size=8).digest()
+        return -weight / math.log((int.from_bytes(digest, "little") + 0.5) / 2.0**64)
+
+    return max((node for node in nodes if node[2] > 0), key=lambda one: score(*one[1:]), default=(None,))[0]
+
+
 def _filled(nodes: Sequence[tuple[int, str, float]]) -> list[int]:
     """The owner of each slot: nodes take turns by weight, each takes the next free one in an order of its own."""
     turns: dict[int, _Turns] = {}

@@ -7,10 +7,12 @@ EVICT-3  A writer within its quota takes room from the payer most over its own q
 EVICT-4  A writer over its quota takes room from itself, else from a payer further over its quota, else from none.
 EVICT-5  A leaf on a fenced member leaves before a block of the same payer with more worth: it blocks the eviction of
          its ancestors on other members.
+EVICT-6  For an original, a copy (`core.pool.copies`) leaves before a block of the member that is worth more.
 Verification: tests/core/pool/test_pool_eviction.py.
 
-So a payer within its quota loses blocks only by its own writes. A payer is a tenant with a quota, or all tenants
-without one together (`TenantQuotas.payer`). Without any quota the block of least worth leaves, for any writer.
+So a payer within its quota loses blocks only by its own writes, and copies that are worth less than what would leave. A
+payer is a tenant with a quota, all copies together, or all tenants without a quota together (`TenantQuotas.payer`).
+Without any quota the block of least worth leaves, for any writer.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from penstock.core.eviction import RebuildValue
 from penstock.core.keys import BlockKey
 from penstock.core.pool.block_rows import PAID_SHARED, PINNED, PRESENT, USES_COUNTED_MAX, BlockRows
 from penstock.core.pool.columns import WORD
+from penstock.core.pool.copies import COPIES
 from penstock.core.pool.leaf_queues import Group, LeafQueues
 from penstock.core.pool.quota import SHARED, TenantQuotas
 
@@ -32,7 +35,7 @@ STEPS = (0, 1)  # of a search for room: first the first choice of EVICT-3 or EVI
 class PoolEviction:
     """Present blocks by worth, as rows. The caller charges accounts, also for blocks not yet or no longer present.
 
-    EVICT-6  The accounts of each member are counted right.
+    EVICT-7  The accounts of each member are counted right.
     """
 
     def __init__(self, members: int, quotas: TenantQuotas, unit_bytes: int, salt: int) -> None:
@@ -202,15 +205,28 @@ class PoolEviction:
         the first step on all members before the second, and calls `rows.release` for each row."""
         own, excess = self.quotas.payer(writer), self.quotas.excess_bytes(writer, more_bytes)
         for step in steps:
-            if (step == 0) == (excess > 0):
-                gone = self._evict_of(own, member, math.inf)
+            if (step == 0) == (excess > 0) and own == COPIES:
+                group = (member, self.quotas.copies.loser(writer, 0) or b"")
+                gone = [self._evict_from(group)] if self.leaves.least(group) >= 0 else []
+            elif (step == 0) == (excess > 0):
+                gone = self._evict_of(own, member, math.inf, self._copy_first(own, own, member))
             else:
                 floor = max(0.0, excess)
                 payer = self.quotas.most_over(lambda one: one != own and self._has_leaf(member, one), floor)
-                gone = [] if payer is None else self._evict_of(payer, member, self.quotas.excess_bytes(payer) - floor)
+                over = 0.0 if payer is None else self.quotas.excess_bytes(payer) - floor
+                gone = (
+                    [] if payer is None else self._evict_of(payer, member, over, self._copy_first(own, payer, member))
+                )
             if gone:
                 return gone
         return []
+
+    def evict_copy(self, account: bytes) -> int:
+        """Take out the copy of least worth of an account of copies, on any member; -1 when none may leave. The caller
+        calls `rows.release`."""
+        held = [number for number, accounts in enumerate(self._accounts) if account in accounts]
+        groups = [(number, account) for number in held if self.leaves.least((number, account)) >= 0]
+        return self._evict_from(min(groups, key=self._above)) if groups else -1
 
     def evict_in_turn(self, members: Sequence[int]) -> list[int]:
         """As `evict` of one block from each of these members in turn, where nobody has a quota and no member is fenced;
@@ -276,7 +292,7 @@ class PoolEviction:
         self.leaves.offer(row)
 
     def check_integrity(self) -> None:
-        """Assert EVICT-6 and those of the parts; O(n)."""
+        """Assert EVICT-7 and those of the parts; O(n)."""
         rows = self.rows
         rows.check_integrity()
         self.leaves.check_integrity()
@@ -286,7 +302,7 @@ class PoolEviction:
             if rows.flags[row] & PRESENT:
                 accounts = counted[rows.member[row]]
                 accounts[rows.account(row)] = accounts.get(rows.account(row), 0) + 1
-        assert counted == self._accounts, "EVICT-6: accounts of members are miscounted"
+        assert counted == self._accounts, "EVICT-7: accounts of members are miscounted"
 
     def _aged(self, member: int) -> RebuildValue:
         """Worth on a member, aged by the uses on other members."""
@@ -301,8 +317,11 @@ class PoolEviction:
         self._seen[member] = self._uses
         return value
 
-    def _evict_of(self, payer: bytes, member: int, over_bytes: float) -> list[int]:
-        """Evict a payer's block from a member, after leaves on fenced ones (EVICT-5), at most `over_bytes` of them."""
+    def _evict_of(self, payer: bytes, member: int, over_bytes: float, copies: Group | None) -> list[int]:
+        """Evict a payer's block from a member, after leaves on fenced ones (EVICT-5), at most `over_bytes` of them; or
+        instead a copy, of the group that goes first."""
+        if copies is not None:
+            return [self._evict_from(copies)]
         gone: list[int] = []
         while over_bytes > 0:
             group = self._least(member, payer)
@@ -322,8 +341,9 @@ class PoolEviction:
         return self._least(member, payer) is not None or self._least_fenced(payer) is not None
 
     def _family(self, group: Group) -> int | None:
-        """Accounts that pay together are one family on each member; others have none."""
-        return group[0] if self.quotas.payer(group[1]) == SHARED else None
+        """Accounts that pay together are one family on each member, copies another one; others have none."""
+        payer = self.quotas.payer(group[1])
+        return group[0] if payer == SHARED else ~group[0] if payer == COPIES else None
 
     def _payer_changed(self, account: bytes) -> None:
         for member, accounts in enumerate(self._accounts):
@@ -332,10 +352,18 @@ class PoolEviction:
 
     def _least(self, member: int, payer: bytes) -> Group | None:
         """Of a payer's groups on a member the one whose candidate has the least worth."""
-        if payer != SHARED:
-            own = (member, payer)
-            return own if payer in self._accounts[member] and self.leaves.least(own) >= 0 else None
-        return self.leaves.least_group(member)
+        if payer in (SHARED, COPIES):
+            return self.leaves.least_group(member if payer == SHARED else ~member)
+        own = (member, payer)
+        return own if payer in self._accounts[member] and self.leaves.least(own) >= 0 else None
+
+    def _copy_first(self, writer: bytes, payer: bytes, member: int) -> Group | None:
+        """The copies on a member of which one leaves for a writer before the payer's next block (EVICT-6), if any."""
+        if COPIES in (writer, payer) or not self.quotas.copies.held_bytes:
+            return None
+        copies, own = self._least(member, COPIES), self._least(member, payer)
+        worth, least = self.rows.worth, self.leaves.least
+        return copies if copies and own and worth[least(copies)] < worth[least(own)] else None
 
     def _least_fenced(self, payer: bytes) -> Group | None:
         groups = [group for member in self._fenced if (group := self._least(member, payer)) is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from penstock.core.pool.copies import COPIES, CopyAccounts, is_copy
 from penstock.core.pool.most_over import MostOver
 from penstock.core.pool.quota_places import QuotaPlaces
 
@@ -23,9 +24,11 @@ class TenantQuotas:
     QUOTA-4  The quotas add up to the pool: when it is full, some payer exceeds its quota, or each holds exactly that.
     QUOTA-5  An account without bytes is forgotten, and has no place.
     QUOTA-6  `over` names exactly the payers that hold more than their quota.
-    QUOTA-7  There are at most `2 * ACCOUNTS_MAX` accounts besides `SHARED` and those that have, or once had, a quota by
-             name.
+    QUOTA-7  There are at most `2 * ACCOUNTS_MAX` accounts besides `SHARED`, those of copies, and those that have, or
+             once had, a quota by name.
     QUOTA-8  A payer holds the sum of its accounts.
+    QUOTA-9  Copies (`core.pool.copies`) pay together as `COPIES`, whose quota is their share of the pool; without such
+             a share they pay as blocks of tenants without a quota.
     Verification: tests/pool/local/test_quota_histories.py, tests/core/pool/test_quota_*.py.
 
     Each account with its own quota pays for itself; the others pay together, as `SHARED`. Quotas are soft: free space
@@ -37,9 +40,11 @@ class TenantQuotas:
         quota_bytes: Mapping[bytes, int] | None = None,
         default_bytes: int | None = None,
         capacity_bytes: int | None = None,
+        copies_share: float = 0.0,
     ) -> None:
         """Quotas by tenant tag, and that of every other tenant (None: no limit, and no guarantee). `capacity_bytes` is
-        the pool's size (None: not known; nothing shrinks). Raises ValueError for a quota below 0."""
+        the pool's size (None: not known; nothing shrinks). `copies_share`: what copies may take of it, from 0 to 1.
+        Raises ValueError for a quota below 0."""
         self.on_payer_changed: Callable[[bytes], None] = lambda account: None
         self._given: dict[bytes, int] = {}  # as configured
         self._quotas: dict[bytes, int] = {}  # shrunk to the size of the pool
@@ -52,24 +57,29 @@ class TenantQuotas:
         self._unnamed = 0
         self._places = QuotaPlaces()
         self._over = MostOver()
+        self.copies = CopyAccounts()
+        self.copies_share = copies_share
         self.set_quotas(quota_bytes or {}, default_bytes)
 
     # --- what is guaranteed ---
 
-    def set_quotas(self, quota_bytes: Mapping[bytes, int], default_bytes: int | None) -> None:
-        """Other quotas from now on; what is held stays charged where it is. Raises ValueError for a quota below 0."""
+    def set_quotas(
+        self, quota_bytes: Mapping[bytes, int], default_bytes: int | None, copies_share: float | None = None
+    ) -> None:
+        """Other quotas from now on, and another share for copies where one is given; what is held stays charged where
+        it is. Raises ValueError for a quota below 0."""
         for quota in (*quota_bytes.values(), default_bytes or 0):
             if quota < 0:
                 raise ValueError(f"a quota of {quota} bytes; it must be at least 0")
         self._given, self._default = dict(quota_bytes), default_bytes
         self._named = (self._named & self._held.keys()) | quota_bytes.keys()
-        self._share_out()
+        self._share_out(self.copies_share if copies_share is None else copies_share)
 
     def set_capacity(self, capacity_bytes: int) -> None:
         """The pool has another size from now on."""
         if capacity_bytes != self._capacity:
             self._capacity = capacity_bytes
-            self._share_out()
+            self._share_out(self.copies_share)
 
     def has_name(self, tenant: bytes) -> bool:
         """Whether the tenant has a quota by name."""
@@ -98,14 +108,16 @@ class TenantQuotas:
 
     def account(self, tenant: bytes) -> bytes:
         """The account that a new block of this tenant is charged to."""
-        if tenant in self._quotas or tenant in self._held:
+        if tenant in self._quotas or tenant in self._held or is_copy(tenant):
             return tenant
         open_one = self._places.free if self._default is not None else self._unnamed < ACCOUNTS_MAX
         return tenant if open_one and self._unnamed < 2 * ACCOUNTS_MAX else SHARED
 
     def payer(self, account: bytes) -> bytes:
-        """The payer of the account: itself, or `SHARED`."""
-        return account if account in self._quotas or account in self._places else SHARED
+        """The payer of the account: itself, `COPIES` or `SHARED`."""
+        if account in self._quotas or account in self._places:
+            return account
+        return COPIES if self.copies_share and is_copy(account) else SHARED
 
     def held_bytes(self, account: bytes) -> int:
         """Bytes that are charged to this account."""
@@ -117,7 +129,10 @@ class TenantQuotas:
 
     def paid_bytes(self, account: bytes) -> int:
         """Bytes that the account's payer holds."""
-        return self._shared_held if self.payer(account) == SHARED else self._held.get(account, 0)
+        payer = self.payer(account)
+        if payer == COPIES:
+            return self.copies.held_bytes
+        return self._shared_held if payer == SHARED else self._held.get(account, 0)
 
     def most_over(self, accepts: Callable[[bytes], bool], above_bytes: float = 0) -> bytes | None:
         """Of the payers that `accepts` allows, the one most over its quota, by more than `above_bytes`."""
@@ -130,13 +145,13 @@ class TenantQuotas:
 
     def charge(self, account: bytes, size_bytes: int) -> None:
         """Count a block; the account of a tenant without a quota gets a default one when there is one left."""
-        if account not in self._quotas and account != SHARED and account not in self._places and self._places.free:
+        if self._places.free and self._may_have_place(account):
             self._change_payer(account, lambda: self._places.take(account))
         self._add(account, size_bytes)
 
     def note_written(self, account: bytes, size_bytes: int) -> None:
         """A block that was charged is new, and will be written: what the time until a default quota is lost counts."""
-        if account not in self._quotas:
+        if account not in self._quotas and not is_copy(account):
             self._places.written(size_bytes)
 
     def recharge(self, account: bytes, other: bytes, size_bytes: int) -> None:
@@ -156,7 +171,7 @@ class TenantQuotas:
     def used(self, tenant: bytes, account: bytes) -> bytes:
         """Note that a block of a tenant, charged to `account`, was used again. Returns the account that the caller must
         charge it to now (`recharge`): its tenant may have got one of its own."""
-        if self._places.used(tenant) or tenant in self._quotas:
+        if self._places.used(tenant) or tenant in self._quotas or is_copy(tenant):
             return tenant
         if self._default is None or (tenant not in self._held and self._unnamed >= 2 * ACCOUNTS_MAX):
             return account
@@ -188,16 +203,23 @@ class TenantQuotas:
         assert self._unnamed == sum(map(self._counted, self._held)) <= 2 * ACCOUNTS_MAX, "QUOTA-7: accounts"
         shared = sum(held for account, held in self._held.items() if self.payer(account) == SHARED)
         assert shared == self._shared_held, "QUOTA-8: what is shared is miscounted"
+        copies = sum(held for account, held in self._held.items() if is_copy(account))
+        assert copies == self.copies.held_bytes, "QUOTA-9: copies are miscounted"
 
     # --- inside ---
 
-    def _share_out(self) -> None:
+    def _share_out(self, copies_share: float) -> None:
         """Work out quotas and places anew, and who pays for what; O(accounts)."""
         before = {account: self.payer(account) for account in self._held}
-        named_bytes, capacity = sum(self._given.values()), self._capacity
-        self._quotas = dict(self._given)
+        self.copies_share = copies_share
+        capacity, given = self._capacity, dict(self._given)
+        self.copies.limit_bytes = int(self.copies_share * (capacity or 0))
+        if self.copies_share:
+            given[COPIES] = self.copies.limit_bytes
+        named_bytes = sum(given.values())
+        self._quotas = given
         if capacity is not None and named_bytes > capacity:
-            self._quotas = {name: quota * capacity // named_bytes for name, quota in self._given.items()}
+            self._quotas = {name: quota * capacity // named_bytes for name, quota in given.items()}
         left = None if capacity is None else max(0, capacity - named_bytes)
         if self._default is None or self._default == 0:
             places = 0
@@ -212,7 +234,7 @@ class TenantQuotas:
         for name in self._places.surplus():
             self._places.give_up(name)
         for account in self._held:
-            if self._places.free and account != SHARED and account not in self._quotas and account not in self._places:
+            if self._places.free and self._may_have_place(account):
                 self._places.take(account)
         self._count_anew()
         for account, payer in before.items():
@@ -245,8 +267,13 @@ class TenantQuotas:
         excess = self.excess_bytes(account)
         self._over.set(self.payer(account), int(excess) if excess > 0 else 0)
 
+    def _may_have_place(self, account: bytes) -> bool:
+        return (
+            account not in self._quotas and account != SHARED and account not in self._places and not is_copy(account)
+        )
+
     def _counted(self, account: bytes) -> bool:
-        return account != SHARED and account not in self._named
+        return account != SHARED and account not in self._named and not is_copy(account)
 
     def _add(self, account: bytes, size_bytes: int) -> None:
         if account not in self._held and self._counted(account):
@@ -260,4 +287,6 @@ class TenantQuotas:
             self._held[account] = held
         else:
             self._held.pop(account, None)
+        if is_copy(account):
+            self.copies.set(account, held)
         self._note_excess(account)

@@ -12,6 +12,7 @@ from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import NewBlock
+from penstock.core.pool.copies import is_copy, original_of
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
 from penstock.core.pool.write_admission import WriteAdmission
@@ -61,7 +62,8 @@ class LocalPool:
         self.notes = [note for member in members for note in member.notes]
         self._lock = threading.Lock()
         ranges = [(member.start_offset, member.capacity_bytes) for member in members]
-        self._table = Table(ranges, weights, TenantQuotas(policy.quota_bytes, policy.default_quota_bytes))
+        quotas = TenantQuotas(policy.quota_bytes, policy.default_quota_bytes, copies_share=policy.copies_share)
+        self._table = Table(ranges, weights, quotas)
         self._admission = WriteAdmission(policy.write_admission)
         self._follow_bandwidth = policy.follow_bandwidth
         self._named_tenants_only = policy.named_tenants_only
@@ -321,7 +323,8 @@ class LocalPool:
             if not self._closed:
                 self._check_members()
             present = [i for i, state in enumerate(self._table.members) if not state.gone]
-            tenants = sorted(self._table.quotas, key=lambda account: -account[1])
+            accounts = sorted(self._table.quotas, key=lambda account: -account[1])
+            copies = tuple((original_of(account).hex(), held) for account, held in accounts if is_copy(account))
             return PoolStat(
                 members=tuple(self._member_stat(number) for number in present),
                 writes_dropped=self._writes_dropped,
@@ -329,12 +332,13 @@ class LocalPool:
                 checksum_errors=self._checksum_errors,
                 writes_not_admitted=self._writes_not_admitted,
                 moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
-                tenants=tuple((account.hex(), held) for account, held in tenants),
+                tenants=tuple((account.hex(), held) for account, held in accounts if not is_copy(account)),
                 over_quota=tuple((payer.hex(), excess) for payer, excess in self._table.quotas.over_quota()),
                 evictions_by=(("asked", self._evictions), *self._table.evictions.items()),
                 writes_refused=self._writes_refused,
                 losses=tuple(sorted(losses().items())),
                 thread_failures=tuple(sorted(thread_failures().items())),
+                copies=copies,
             )
 
     def close(self, timeout_s: float) -> None:
@@ -411,7 +415,7 @@ class LocalPool:
     def set_policy(self, policy: PoolPolicy) -> None:
         """Set quotas, write admission and bandwidth following. Raises ValueError for a value that is not allowed."""
         with self._lock:
-            self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes)
+            self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes, policy.copies_share)
             if policy.write_admission != self._admission.mode:
                 self._admission = WriteAdmission(policy.write_admission)
             self._follow_bandwidth = policy.follow_bandwidth
@@ -435,6 +439,11 @@ class LocalPool:
         with self._lock:
             states = zip(self._bandwidths, self._table.members, strict=True)
             return sum(bandwidth.share_bytes_per_s for bandwidth, state in states if bandwidth and not state.gone)
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether it has a share of its space for copies."""
+        return self._table.quotas.copies_share > 0
 
     @property
     def block_bytes_max(self) -> int:
@@ -610,7 +619,7 @@ class LocalPool:
         if self._closed:
             return PoolError("closed", "the pool is closed")
         present = self._table.find(new.key)
-        if present is not None and (self._table.being_moved(new.key) or not self._suspects.gives_way(present, new)):
+        if present is not None and (self._table.being_moved(new.key) or not self._gives_way(present, new)):
             member = self.members[present.member]
             self._table.touch(present)
             if present.size_bytes != new.size_bytes:
@@ -618,7 +627,7 @@ class LocalPool:
             if not (is_durable(member) and member.confirm(present, done, deadline_s)):
                 call_soon(self._callbacks, done, None)
             return None
-        if self._named_tenants_only and not self._table.quotas.has_name(new.tenant):
+        if self._named_tenants_only and not self._table.quotas.has_name(original_of(new.tenant)):
             self._writes_refused += 1
             return PoolError("dropped", "only tenants that [quota] names may write here")
         if self._table.being_written(new.key):
@@ -626,6 +635,12 @@ class LocalPool:
         if isinstance(refusing, PoolError):
             return refusing
         return self._refuse_ssds(new, refusing) or refusing
+
+    def _gives_way(self, present: Block, new: NewBlock) -> bool:
+        """Whether a block that is present is written again: a suspect one, or a copy by an original."""
+        if is_copy(present.tenant) and not is_copy(new.tenant):
+            return True
+        return self._suspects.gives_way(present, new)
 
     def _refusing(self) -> dict[int, str] | PoolError:
         """The members that take no stores now, and why; the error where none does. The lock is held."""
@@ -639,7 +654,7 @@ class LocalPool:
 
     def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
         """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
-        if self._admission.admits(new.key):
+        if is_copy(new.tenant) or self._admission.admits(new.key):
             return None
         ssds = {n: "the block is new" for n, m in enumerate(self.members) if m.kind != "memory" and n not in refused}
         turn = next((n for n in self._table.placement.order(new.position) if n not in refused), None)

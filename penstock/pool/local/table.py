@@ -19,6 +19,7 @@ from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.core.new_block import NewBlock
 from penstock.core.pool.block_rows import PINNED, PRESENT, WRITTEN_HERE
+from penstock.core.pool.copies import is_copy
 from penstock.core.pool.pool_eviction import STEPS, PoolEviction
 from penstock.core.pool.quota import SHARED, TenantQuotas
 from penstock.core.pool.striping import CYCLE_BLOCKS, Placement
@@ -249,6 +250,8 @@ class Table:
         that member is over its quota."""
         account, length = self.quotas.account(new.tenant), staging_bytes(new.size_bytes)
         gone: list[Block] = []
+        if is_copy(new.tenant) and not self._within_copies(account, length, gone):
+            return None, gone
         # Charge it first: whose blocks are evicted must not change while the writer's own blocks are evicted.
         self.quotas.charge(account, length)
         order = [member for member in self.placement.order(new.position) if member not in without]
@@ -258,6 +261,23 @@ class Table:
             return None, gone
         self.quotas.note_written(account, length)
         return self._start(new, *found, account), gone
+
+    def _within_copies(self, account: bytes, length: int, gone: list[Block]) -> bool:
+        """Evict copies until one more of an account is within their share (`core.pool.copies`); False when it cannot
+        be."""
+        copies = self.quotas.copies
+        if not copies.admits(account, length):
+            return False
+        while not copies.fit(length):
+            loser = copies.loser(account, length)
+            row = self._eviction.evict_copy(loser) if loser is not None else -1
+            if row < 0:
+                return False
+            block = self._block(row)
+            self._count_eviction(self._rows.account(row), account)
+            self._left(row)
+            gone.append(block)
+        return True
 
     def _find_room(self, order: list[int], length: int, account: bytes, gone: list[Block]) -> tuple[int, int] | None:
         """Find a member, and an offset on it, for a block that is charged already."""
@@ -293,7 +313,11 @@ class Table:
         """The length of the extents of blocks that may be reserved together: of one length and tenant, while nobody has
         a quota; else 0."""
         first = news[0] if len(news) >= FEW and self.quotas.all_pay_together else None
-        if first is None or any((new.size_bytes, new.tenant) != (first.size_bytes, first.tenant) for new in news):
+        if (
+            first is None
+            or is_copy(first.tenant)
+            or any((new.size_bytes, new.tenant) != (first.size_bytes, first.tenant) for new in news)
+        ):
             return 0
         return staging_bytes(first.size_bytes)
 

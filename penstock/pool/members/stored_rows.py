@@ -16,6 +16,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES
 from penstock.core.pool.block_rows import USES_COUNTED_MAX
+from penstock.core.pool.copies import copy_of, is_copy, original_of
 from penstock.core.pool.striping import CYCLE_BLOCKS
 from penstock.pool.block import Block
 
@@ -43,6 +44,7 @@ KEY_END, ROW_END = ROW.fields["parent"][1], ROW.fields["worth"][1]  # type: igno
 StoredRows = NDArray[np.void]
 Stored = tuple[Block, float]  # a block and its last use
 Use = tuple[BlockKey, float, int]  # a key, its last use, how often it was used
+COPY = 128  # in `tenant_bytes`: the block is a copy
 REFUSED = (ArithmeticError, ValueError, TypeError, AttributeError)  # what values that no block has raise in `packed`
 _ROW_SEED, _USE_SEED = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -69,8 +71,11 @@ def unchecked(blocks: Sequence[Block]) -> StoredRows:
     made["position"] = [block.position for block in blocks]
     made["uses"] = [block.uses for block in blocks]
     if any(block.tenant != b"" for block in blocks):
-        made["tenant_bytes"] = [len(block.tenant) for block in blocks]
-        made["tenant"] = _words([block.tenant.ljust(TENANT_BYTES, b"\0") for block in blocks], TENANT_BYTES)[:, 0]
+        tenants = [original_of(block.tenant) for block in blocks]
+        made["tenant_bytes"] = [
+            len(tenant) | COPY * is_copy(block.tenant) for block, tenant in zip(blocks, tenants, strict=True)
+        ]
+        made["tenant"] = _words([tenant.ljust(TENANT_BYTES, b"\0") for tenant in tenants], TENANT_BYTES)[:, 0]
     if any(block.mac != b"" for block in blocks):
         made["mac_bytes"] = [len(block.mac) for block in blocks]
         made["mac"] = _words([block.mac.ljust(MAC_BYTES, b"\0") for block in blocks], MAC_BYTES)
@@ -97,7 +102,9 @@ def valid(rows: StoredRows) -> NDArray[np.bool_]:
     key, so that whoever can write the file can make a row that matches."""
     good: NDArray[np.bool_] = (rows["row_check"] == row_checks(rows)) & (rows["use_check"] == use_checks(rows))
     good &= (rows["size"] >= 1) & (rows["size"] <= BLOCK_BYTES_MAX) & (rows["offset"] < 1 << 62)
-    good &= np.isin(rows["tenant_bytes"], (0, TENANT_BYTES)) & np.isin(rows["mac_bytes"], (0, MAC_BYTES))
+    good &= np.isin(rows["tenant_bytes"] & ~np.uint8(COPY), (0, TENANT_BYTES)) & np.isin(
+        rows["mac_bytes"], (0, MAC_BYTES)
+    )
     return good & (rows["rebuild_s"] >= 0) & (rows["rebuild_s"] <= REBUILD_S_MAX) & valid_uses(rows)
 
 
@@ -134,7 +141,8 @@ def stored_blocks(rows: StoredRows) -> list[Stored]:
 
 def tenant_tag_of(tenant: int, tenant_bytes: int) -> bytes:
     """The tag of a tenant, from its number and length in a row."""
-    return tenant.to_bytes(TENANT_BYTES, "little")[:tenant_bytes]
+    tag = tenant.to_bytes(TENANT_BYTES, "little")[: tenant_bytes & ~COPY]
+    return copy_of(tag) if tenant_bytes & COPY else tag
 
 
 def checked_again(rows: StoredRows) -> StoredRows:

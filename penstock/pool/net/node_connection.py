@@ -381,7 +381,8 @@ class ClientConnection:
         rate, block_bytes_max = self._pool.read_bytes_per_s, self._node.block_bytes_max(self._pool)
         span_bytes_max, kind = self._node.span_bytes_max(self._pool), self._node.one_sided
         named, siblings = (self._node.name, self._node.node_id), list(self._node.siblings)
-        return wire.Ready(*named, rate, block_bytes_max, wire.IDLE_S, span_bytes_max, kind, siblings), None
+        figures = rate, block_bytes_max, wire.IDLE_S, span_bytes_max
+        return wire.Ready(*named, *figures, kind, siblings, self._pool.takes_copies), None
 
     def _is_urgent(self, lane: str) -> bool:
         return lane == "control"

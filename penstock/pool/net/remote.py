@@ -91,6 +91,11 @@ class RemotePool:
         """Addresses of the node's other processes, as it reported when it was reached last."""
         return [format_address(self.address[0], port) for port in self._link.node.siblings]
 
+    @property
+    def takes_copies(self) -> bool:
+        """Whether the node takes copies of other nodes' blocks, as it reported when it was reached last."""
+        return self._link.node.copies
+
     # --- the interface ---
 
     @property

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
+from penstock.core.pool.copies import copy_of, is_copy, original_of
 from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX
 from penstock.framing import Greeting, decode
 from penstock.framing import ProtocolError as ProtocolError
@@ -111,7 +112,8 @@ class Read(msgspec.Struct, array_like=True, tag=2):
 
 
 class Write(msgspec.Struct, array_like=True, tag=3):
-    """One block; the payload is its bytes. Answered by Written or Failed."""
+    """One block, or (`copy`) a copy of another node's (`core.pool.copies`); the payload is its bytes. Answered by
+    Written or Failed."""
 
     id: Id
     key: Key
@@ -123,17 +125,20 @@ class Write(msgspec.Struct, array_like=True, tag=3):
     checksum: Checksum
     timeout_s: Seconds
     mac: Mac = b""
+    copy: bool = False
 
     @classmethod
     def of(cls, id: int, block: NewBlock, checksum: int) -> Write:
         """Without the block's tokens, which stay here, and with no time until its sender gives some."""
-        named = (block.key, block.parent, block.size_bytes, block.position, block.tenant, block.rebuild_s)
-        return cls(id, *named, checksum, 0.0, block.mac)
+        tenant, copy = original_of(block.tenant), is_copy(block.tenant)
+        named = (block.key, block.parent, block.size_bytes, block.position, tenant, block.rebuild_s)
+        return cls(id, *named, checksum, 0.0, block.mac, copy)
 
     @property
     def block(self) -> NewBlock:
         """The block as an argument of `Pool.write`."""
-        return NewBlock(self.key, self.parent, self.size_bytes, self.position, self.tenant, self.rebuild_s, self.mac)
+        tenant = copy_of(self.tenant) if self.copy else self.tenant
+        return NewBlock(self.key, self.parent, self.size_bytes, self.position, tenant, self.rebuild_s, self.mac)
 
 
 class Lookup(msgspec.Struct, array_like=True, tag=4):
@@ -287,7 +292,7 @@ class ReadMany(msgspec.Struct, array_like=True, tag=16):
 
 class WriteMany(msgspec.Struct, array_like=True, tag=17):
     """A span of blocks of one size and tenant; the payload is their bytes, in order. Answered by WrittenMany or Failed.
-    `checksums`: 8 bytes for each key, little-endian."""
+    `checksums`: 8 bytes for each key, little-endian. `copy` as in Write."""
 
     id: Id
     keys: SpanKeys
@@ -299,6 +304,7 @@ class WriteMany(msgspec.Struct, array_like=True, tag=17):
     checksums: SpanChecksums
     macs: SpanMacs
     timeout_s: Seconds
+    copy: bool = False
 
     def __post_init__(self) -> None:
         check_span(self.keys, self.size_bytes)
@@ -320,8 +326,9 @@ class WriteMany(msgspec.Struct, array_like=True, tag=17):
         macs = [block.mac for block in blocks]
         return cls(
             id, b"".join(block.key for block in blocks), b"".join(block.parent for block in blocks),
-            blocks[0].size_bytes, [block.position for block in blocks], blocks[0].tenant,
+            blocks[0].size_bytes, [block.position for block in blocks], original_of(blocks[0].tenant),
             [block.rebuild_s for block in blocks], pack_checksums(checksums), macs if any(macs) else [], 0.0,
+            is_copy(blocks[0].tenant),
         )  # fmt: skip
 
     def new_blocks(self) -> list[NewBlock]:
@@ -330,7 +337,7 @@ class WriteMany(msgspec.Struct, array_like=True, tag=17):
             split_keys(self.keys), split_keys(self.parents), self.positions, self.rebuilds_s,
             self.macs or [b""] * self.blocks, strict=True,
         )  # fmt: skip
-        size, tenant = self.size_bytes, self.tenant
+        size, tenant = self.size_bytes, copy_of(self.tenant) if self.copy else self.tenant
         return [NewBlock(key, parent, size, at, tenant, rebuild_s, mac) for key, parent, at, rebuild_s, mac in named]
 
 
@@ -358,7 +365,8 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     ends a connection that sends no message for `idle_s` (0: never). `span_bytes_max`: the bytes of blocks that it reads
     or writes in one message (0: it takes single blocks only). `one_sided`: the transport with which its blocks can be
     read one-sided ("": none). `siblings`: the ports of this host on which other processes of the node serve the rest of
-    its members. Failed instead: the node does not serve this client."""
+    its members. `copies`: it takes copies of blocks (`core.pool.copies`). Failed instead: the node does not serve this
+    client."""
 
     name: Name
     node_id: NodeId = b""
@@ -368,6 +376,7 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
     span_bytes_max: Count = 0
     one_sided: Label = ""
     siblings: Ports = []
+    copies: bool = False
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
@@ -398,7 +407,7 @@ class Written(msgspec.Struct, array_like=True, tag=23):
 
 
 class Origin(msgspec.Struct, array_like=True):
-    """What a block was written with, beside its bytes."""
+    """What a block was written with, beside its bytes; of a copy, what the original was."""
 
     parent: Key
     tenant: Tenant
@@ -435,7 +444,9 @@ def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin
         travels = hit is not None and _travels(hit)
         sizes[name] = hit.size_bytes if hit is not None and travels else 0
         members[name] = routes.setdefault(hit.route, len(routes)) if hit is not None and travels else 0
-    written = [Origin(one.parent, one.tenant, one.rebuild_s) if one is not None else None for one in origins]
+    written = [
+        Origin(one.parent, original_of(one.tenant), one.rebuild_s) if one is not None else None for one in origins
+    ]
     each_size, each_member = list(map(sizes.__getitem__, names)), list(map(members.__getitem__, names))
     return Found(id, each_size, each_member, [list(route) for route in routes], written)
 

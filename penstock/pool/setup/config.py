@@ -21,6 +21,7 @@ DEPTH = 32
 DEPTH_MAX = 256
 BLOCK_BYTES = 2 << 20
 MEMBERS_MAX = 256
+REPLICATE_MAX = 0.5
 CONNECTIONS_ALLOWED = 1 << 16
 PROCESSES_PER = ("numa", "drives")
 PROCESSES_MAX = 64
@@ -132,6 +133,12 @@ class NodeSettings(PeerSettings):
         "memory: for clients that are trusted with it.",
     )
     rdma_device: tuple[str, ...] = setting((), "An RDMA device to use, such as mlx5_0; may be repeated.", shown="all")
+    replicate: float = setting(
+        0.0,
+        "Share of this node's space, from 0 to 0.5, that copies of other nodes' hot blocks may take: engines then read "
+        "these from the less loaded of two nodes, and lose none of them with one.",
+        shown="0: none",
+    )
     metrics_listen: str | None = setting(
         None, "HOST:PORT to serve /metrics and /health on; port 0 picks a free one.", shown="none"
     )
@@ -170,6 +177,8 @@ class PoolConfig(NodeSettings):
             raise ConfigError("rdma and pace are both given; allowed: one of them, one-sided reads have no pace")
         if self.rdma_device and not self.rdma:
             raise ConfigError("rdma_device is given without rdma; allowed: both, or none")
+        if not 0 <= self.replicate <= REPLICATE_MAX:
+            raise ConfigError(f"replicate is {self.replicate}; allowed: from 0 (no copies) to {REPLICATE_MAX}")
         for what in ("connections", "connections_per_address"):
             if (given := getattr(self, what)) is not None and not 1 <= given <= CONNECTIONS_ALLOWED:
                 raise ConfigError(f"{what} is {given}; allowed: from 1 to {CONNECTIONS_ALLOWED}")

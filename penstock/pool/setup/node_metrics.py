@@ -53,6 +53,7 @@ class _Families(Collector):
             yield CounterMetricFamily(f"penstock_pool_{name}", f"Pool: {name}", float(getattr(stat, name)))
         for name, label, kind, counts in (
             ("penstock_pool_tenant_bytes", "tenant", GaugeMetricFamily, stat.tenants),
+            ("penstock_pool_copy_bytes", "tenant", GaugeMetricFamily, stat.copies),
             ("penstock_pool_over_quota_bytes", "tenant", GaugeMetricFamily, stat.over_quota),
             ("penstock_pool_evictions_by_reason", "reason", CounterMetricFamily, stat.evictions_by),
             ("penstock_pool_sent_bytes", "way", CounterMetricFamily, stat.sent_bytes_by),

@@ -172,7 +172,9 @@ def policy_of(config: PoolConfig, capacity_bytes: int) -> PoolPolicy:
             format_bytes(wanted),
             format_bytes(capacity_bytes),
         )
-    return PoolPolicy(config.write_admission, default, named, follow, config.named_tenants_only)
+    return PoolPolicy(
+        config.write_admission, default, named, follow, config.named_tenants_only, copies_share=config.replicate
+    )
 
 
 def link_bytes_per_s(config: PoolConfig) -> dict[str, float]:

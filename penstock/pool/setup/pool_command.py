@@ -84,7 +84,8 @@ class NodeFlags(NodeSettings):
 PANELS = {
     "": (
         *("listen", "memory", "slab", "weight", "processes", "state", "name", "pace", "staging", "connections"),
-        *("connections_per_address", "rdma", "rdma_device", "metrics_listen", "metrics_key_file", "secret_file"),
+        *("connections_per_address", "replicate", "rdma", "rdma_device", "metrics_listen", "metrics_key_file"),
+        "secret_file",
     ),
     TLS_PANEL: TLS_NAMES,
 }

@@ -88,6 +88,14 @@ def _print(found: PoolStat) -> None:
         f"writes dropped {found.writes_dropped}, not admitted to SSDs {found.writes_not_admitted}, "
         f"refused {found.writes_refused}; checksum errors {found.checksum_errors}"
     )
+    if found.copies:
+        held = format_bytes(sum(count for _, count in found.copies))
+        console.print(f"copies of other nodes' blocks: {held}, of {len(found.copies)} tenants")
+    if found.copied_blocks or found.copy_reads or found.saved_reads:
+        console.print(
+            f"blocks copied {found.copied_blocks}; read from a copy {found.copy_reads}, "
+            f"where another read failed {found.saved_reads}"
+        )
     if found.sent_bytes_by:
         sent = ", ".join(f"{format_bytes(count)} {_WAYS.get(way, 'otherwise')}" for way, count in found.sent_bytes_by)
         state = printable(found.one_sided, _NAME_CHARACTERS_SHOWN) or "off: the node was started without --rdma"

@@ -43,6 +43,10 @@ class NodePool(Pool, Protocol):
         """Addresses of the node's other processes, as it reported when it was reached."""
 
     @property
+    def takes_copies(self) -> bool:
+        """Whether it takes copies of other nodes' blocks, as it reported when it was reached."""
+
+    @property
     def block_bytes_max(self) -> int:
         """Size in bytes of the largest block that it accepts, as it reported when it was reached."""
 
@@ -92,6 +96,7 @@ class Child:
         self.room_bytes: int | None = None  # None: not known
         self.stat: PoolStat | None = None
         self.failures = 0  # lookups that it did not answer
+        self.reading_bytes = 0  # of spans that are being read from it now
         self.logged_down = False
         self.left = False  # it was dropped from the union
         self.named_by: str | None = None  # the node that said that this one is a further process of it
@@ -100,6 +105,18 @@ class Child:
     def up(self) -> bool:
         """Whether the child can be used: it was not dropped, and a node is connected."""
         return not self.left and (self.node is None or self.node.up)
+
+    @property
+    def takes_copies(self) -> bool:
+        """Whether it is a node that can be used and takes copies of other nodes' blocks."""
+        return self.up and self.node is not None and self.node.takes_copies
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """How fast a node is read from here, as far as it is known; above 0."""
+        if self.bandwidth is not None:
+            return self.bandwidth.share_bytes_per_s
+        return self.configured or (self.node.read_bytes_per_s if self.node is not None else 0.0) or 1.0
 
     @property
     def block_bytes_max(self) -> int:

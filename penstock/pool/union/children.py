@@ -52,6 +52,7 @@ class Children:
         self._follow = follow_bandwidth
         self.slots = SlotOwners()
         self.changes = 0  # of the owners, and of children that came up or went down
+        self.take_copies = False  # some node that is up takes copies of others' blocks
         self._by_slots = by_slots
         self._grown, self._open_node = grown, open_node
         self._named = {child.name for child in self.all}  # addresses that are children, or were tried
@@ -301,6 +302,7 @@ class Children:
         for at, child in enumerate(self.all):
             if child.node is not None and not child.weighed and child.up:
                 self._weigh(at, child, child.node)
+        self.take_copies = any(child.takes_copies for child in self.all)
         answers = self.ask_all(lambda node: node.begin_stat(STAT_TIMEOUT_S), lambda local: local.stat(STAT_TIMEOUT_S))
         now_s, local_weight = time.monotonic(), self.local.read_bytes_per_s if self.local is not None else 0.0
         with self.lock:

@@ -11,9 +11,10 @@ from penstock.core.new_block import NewBlock
 from penstock.core.pool.runs import OpenRuns, RunSearch
 from penstock.core.pool.strays import StrayWatch
 from penstock.pool.api import Located, PoolError
+from penstock.pool.union.block_copier import Move
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
-from penstock.pool.union.mover import Move, Mover
+from penstock.pool.union.mover import Mover
 
 
 class RunPlacement:

@@ -8,8 +8,9 @@ UNION-2  Statement: Children that are up share the blocks. A block for which one
 UNION-3  Statement: Requests go to all children at once, with one deadline. A child that fails or is late counts as
          misses, and its failure is counted.
 UNION-4  Statement: A block that several children hold is read from the local pool first, then from the nodes by weight.
-UNION-5  Statement: A child that is down makes its blocks misses, and never the pool unusable; it is used again when it
-         is back.
+         Where nodes take copies, of the two that hold a hot block the less loaded one (`union.replicas`).
+UNION-5  Statement: A child that is down makes its blocks misses, but for those that have a copy, and never the pool
+         unusable; it is used again when it is back.
 Verification: tests/pool/union.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from penstock.core.keys import BlockKey
@@ -31,6 +32,7 @@ from penstock.pool.spans import Gather, PartEnded
 from penstock.pool.union.child import BlockEnded, Child, NodePool
 from penstock.pool.union.children import Children
 from penstock.pool.union.locations import Locations
+from penstock.pool.union.replicas import Replicas
 from penstock.pool.union.run_placement import RunPlacement
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class UnionPool:
         self._local = local
         self._lock = self._children.lock
         self._runs = RunPlacement(self._children, self._locations)
+        self._replicas = Replicas(self._children, self._locations)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -129,6 +132,11 @@ class UnionPool:
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask all children at once, of many only the owners of the blocks; each block's best place, None where no child
         that answered has it."""
+        found = self._look_up(keys, timeout_s)
+        self._replicas.note_lookup(keys, found)
+        return found
+
+    def _look_up(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         if self._runs:
             return self._runs.lookup(keys, timeout_s)
         answers = self._children.ask_all(
@@ -153,6 +161,10 @@ class UnionPool:
         check: ReadCheck | None = None,
     ) -> None:
         """Read from the child where the block was last found, and meter the read."""
+        if self._replicas.on:
+            checks = [check]
+            self.read_many([key], size_bytes, [into], timeout_s, lambda errors: call_done(done, errors[0]), checks)
+            return
         child = self._holder(key)
         if child is None or child.node is None:
             if self._local is not None:
@@ -171,22 +183,51 @@ class UnionPool:
         done: DoneMany,
         checks: Sequence[ReadCheck | None] | None = None,
     ) -> None:
-        """Read each block from the child where it was last found, those of one child together."""
-        by_child: dict[Child | None, list[int]] = {}
-        with self._lock:
-            for at, key in enumerate(keys):
-                by_child.setdefault(self._held_by(key), []).append(at)
+        """Read each block from the child where it was last found, those of one child together; a block that two nodes
+        hold from the less loaded one, or from the other where that fails."""
+        by_child = self._readers(keys, size_bytes)
         gather = Gather(len(keys), done)
         for child, some in by_child.items():
             found = [checks[at] for at in some] if checks is not None else None
             span = [keys[at] for at in some], size_bytes, [intos[at] for at in some], timeout_s
             if child is not None and child.node is not None:
-                child.node.read_many(*span, self._metered(child, span[0], size_bytes, gather.part(some)), found)
+                ended = gather.part(some)
+                if self._replicas.on:
+                    ended = self._replicas.or_from_other(child, *span, ended, found, self._read_from)
+                self._read_from(child, *span, ended, found)
             elif self._local is not None:
                 self._local.read_many(*span, gather.part(some), found)
             else:
                 for at in some:
                     call_soon(self._callbacks, gather.one(at), _unknown(keys[at]))
+
+    def _readers(self, keys: Sequence[BlockKey], size_bytes: int) -> Mapping[Child | None, Sequence[int]]:
+        """The child that each block is read from, with the numbers of its blocks."""
+        by_child: dict[Child | None, list[int]] = {}
+        with self._lock:
+            for at, key in enumerate(keys):
+                by_child.setdefault(self._held_by(key), []).append(at)
+            if not self._replicas.on:
+                return by_child
+            readers = self._replicas.spread(keys, size_bytes, by_child)
+        on_nodes = [
+            at for child, some in by_child.items() if child is not None and child.node is not None for at in some
+        ]
+        self._replicas.note_reads([keys[at] for at in on_nodes], size_bytes)
+        return readers
+
+    def _read_from(
+        self,
+        child: Child,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        ended: PartEnded,
+        checks: Sequence[ReadCheck | None] | None,
+    ) -> None:
+        assert child.node is not None
+        child.node.read_many(keys, size_bytes, intos, timeout_s, self._metered(child, keys, size_bytes, ended), checks)
 
     def _metered(self, child: Child, keys: Sequence[BlockKey], size_bytes: int, ended: PartEnded) -> DoneMany:
         """Meter a span that is read from a node from now on, and note which of its blocks are not there."""
@@ -194,12 +235,14 @@ class UnionPool:
         def end(errors: list[PoolError | None]) -> None:
             moved = size_bytes * sum(error is None for error in errors)
             with self._lock:
+                child.reading_bytes -= size_bytes * len(keys)
                 child.meter.ended(1, moved, time.monotonic())
                 for key, error in zip(keys, errors, strict=True):
                     self._note_failed(child, key, error)
             ended(errors)
 
         with self._lock:
+            child.reading_bytes += size_bytes * len(keys)
             child.meter.started(time.monotonic())
         return end
 
@@ -225,13 +268,25 @@ class UnionPool:
 
         def end(checksum: int, mac: bytes, error: PoolError | None) -> None:
             with self._lock:
+                child.reading_bytes -= size_bytes
                 child.meter.ended(1, 0 if error else size_bytes, time.monotonic())
                 self._note_failed(child, key, error)
             ended(checksum, mac, error)
 
         with self._lock:
+            child.reading_bytes += size_bytes
             child.meter.started(time.monotonic())
         child.node.read_block(key, size_bytes, into, timeout_s, end, check)
+
+    def other_holder(self, key: BlockKey, child: Child, error: PoolError | None) -> Child | None:
+        """The node that has a copy of a block whose read from `child` ended so; None where there is none."""
+        with self._lock:
+            return self._replicas.other(key, child, error)
+
+    def note_saved_read(self) -> None:
+        """Count a block that was read from its other holder."""
+        with self._lock:
+            self._replicas.saved_reads += 1
 
     def lease(self, key: BlockKey) -> Lease | None:
         """A block of the local child in place; None when it is elsewhere or unknown."""
@@ -339,6 +394,10 @@ class UnionPool:
             _added_up(stat.over_quota for stat in counted),
             _added_up(stat.evictions_by for stat in counted),
             sum(stat.writes_refused for stat in counted),
+            copies=_added_up(stat.copies for stat in counted),
+            copied_blocks=self._replicas.copied + sum(stat.copied_blocks for stat in counted),
+            copy_reads=self._replicas.copy_reads + sum(stat.copy_reads for stat in counted),
+            saved_reads=self._replicas.saved_reads + sum(stat.saved_reads for stat in counted),
         )
 
     def close(self, timeout_s: float) -> None:
@@ -346,6 +405,7 @@ class UnionPool:
         deadline_s = time.monotonic() + timeout_s
         self._children.close(timeout_s)  # which ends what the mover waits for
         self._runs.close(max(0.1, deadline_s - time.monotonic()))
+        self._replicas.close(max(0.1, deadline_s - time.monotonic()))
         self._callbacks.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- for a pool node: `pool.node_backend` ---
@@ -361,6 +421,11 @@ class UnionPool:
         return self._children.read_bytes_per_s
 
     @property
+    def takes_copies(self) -> bool:
+        """False: this pool makes copies on its nodes itself."""
+        return False
+
+    @property
     def block_bytes_max(self) -> int:
         """Size in bytes of the largest block that any child accepts."""
         return self._children.block_bytes_max
@@ -372,7 +437,7 @@ class UnionPool:
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Pin a block at the child where it was last found, or return why it cannot be read."""
-        child = self._holder(key)
+        child = next(iter(self._readers([key], size_bytes)))
         if child is not None and child.node is not None:
             return _NodeBlock(self, child, key, size_bytes)
         if self._local is None:
@@ -475,7 +540,17 @@ class _NodeBlock:
         self._size_bytes = size_bytes
 
     def load(self, into: memoryview, timeout_s: float, done: Done) -> None:
+        deadline_s, first = time.monotonic() + timeout_s, self._child
+
         def ended(checksum: int, mac: bytes, error: PoolError | None) -> None:
+            left_s = deadline_s - time.monotonic()
+            other = self._union.other_holder(self.key, self._child, error) if left_s > 0 else None
+            if other is not None:
+                self._child = other
+                self._union.read_of_node(other, self.key, self._size_bytes, into, left_s, ended)
+                return
+            if error is None and self._child is not first:
+                self._union.note_saved_read()
             self.checksum, self.mac = checksum, mac
             call_done(done, error)
 
