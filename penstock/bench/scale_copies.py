@@ -35,7 +35,7 @@ PREFIXES, PREFIX_BLOCKS = 48, 8
 POPULARITY = 1.2  # exponent: of the prefixes, the n-th is read in proportion to n ** -POPULARITY
 READERS = 4
 WARM_READS = 6  # of a prefix, that make it hot
-SETTLED_S, SETTLED_S_MAX = 8.0, 60.0  # nothing was copied for so long
+SETTLED_S, QUICK_SETTLED_S, SETTLED_S_MAX = 8.0, 1.0, 60.0  # nothing was copied for so long
 TIMEOUT_S = 60.0
 Step = Callable[[str], None]
 
@@ -65,7 +65,7 @@ def measure_copies(report: Report, quick: bool, step: Step) -> None:
         found = {}
         for share in (0.0, SHARE):
             step(f"a hot prefix is read from {nodes} nodes, {'with' if share else 'without'} copies")
-            found[share] = _measure(nodes, share, reads, draws)
+            found[share] = _measure(nodes, share, reads, draws, QUICK_SETTLED_S if quick else SETTLED_S)
         name, on, off = f"copies_{placed}", found[SHARE], found[0.0]
         report.figure(f"{name}_hot_read_ratio", on.hot_bytes_per_s / off.hot_bytes_per_s)
         for end, one in (("", on), ("_off", off)):
@@ -73,7 +73,7 @@ def measure_copies(report: Report, quick: bool, step: Step) -> None:
             report.figure(f"{name}_hits_kept{end}", one.hits_kept)
 
 
-def _measure(nodes: int, share: float, reads: int, draws: int) -> _Found:
+def _measure(nodes: int, share: float, reads: int, draws: int, settled_s: float) -> _Found:
     chance = random.Random(7)
     with _pool(nodes, share) as made:
         client = made.client
@@ -82,13 +82,13 @@ def _measure(nodes: int, share: float, reads: int, draws: int) -> _Found:
         for keys in (*hot, *cold):
             _store(client, keys)
         _read_together(client, hot * WARM_READS)
-        _settle(client, share, HOT_PREFIXES * HOT_BLOCKS)
+        _settle(client, share, SETTLED_S_MAX, HOT_PREFIXES * HOT_BLOCKS)
         begin_s = time.perf_counter()
         _read_together(client, hot[:1] * reads)
         rate = reads * HOT_BLOCKS * BLOCK_BYTES / (time.perf_counter() - begin_s)
         drawn = chance.choices(cold, [(at + 1) ** -POPULARITY for at in range(PREFIXES)], k=draws)
         _read_together(client, drawn)
-        _settle(client, share)
+        _settle(client, share, settled_s)
         before = _sent(made)
         _read_together(client, drawn)
         sent = [after - so_far for after, so_far in zip(_sent(made), before, strict=True)]
@@ -140,14 +140,14 @@ def _pool(nodes: int, share: float) -> Iterator[_Nodes]:
         yield made
 
 
-def _settle(client: UnionPool, share: float, blocks: int | None = None) -> None:
-    """Wait until so many blocks were copied; without a number, until no further one was for some time."""
+def _settle(client: UnionPool, share: float, settled_s: float, blocks: int | None = None) -> None:
+    """Wait until so many blocks were copied; without a number, until no further one was for `settled_s`."""
     until_s, since_s, before = time.monotonic() + SETTLED_S_MAX, time.monotonic(), -1
     while share and time.monotonic() < until_s:
         copied = client.stat(TIMEOUT_S).copied_blocks
         if copied != before:
             before, since_s = copied, time.monotonic()
-        if copied >= blocks if blocks is not None else time.monotonic() - since_s >= SETTLED_S:
+        if copied >= blocks if blocks is not None else time.monotonic() - since_s >= settled_s:
             return
         time.sleep(0.1)
 

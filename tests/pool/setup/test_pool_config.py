@@ -210,3 +210,14 @@ def test_impossible_numbers_of_connections_are_refused(tmp_path: Path, key: str)
     member = '[[member]]\nkind = "memory"\ncapacity = "1MiB"\n'
     assert refused(tmp_path, f"{key} = 0\n{member}") == f"{key} is 0; allowed: from 1 to 65536"
     assert refused(tmp_path, f'{key} = "many"\n{member}') == f"{key} is 'many'; allowed: a whole number"
+
+
+@pytest.mark.parametrize("share", ["-0.1", "0.6", "nan"])
+def test_a_share_for_copies_out_of_bounds_is_refused(tmp_path: Path, share: str) -> None:
+    line = refused(tmp_path, f"replicate = {share}\n" + MEMORY)
+    assert line == f"replicate is {share}; allowed: from 0 (no copies) to 0.5"
+
+
+def test_a_share_for_copies_reaches_the_pool(tmp_path: Path) -> None:
+    assert policy_of(config(tmp_path, "replicate = 0.25\n" + MEMORY), MIB).copies_share == 0.25
+    assert policy_of(config(tmp_path, MEMORY), MIB).copies_share == 0.0
