@@ -137,7 +137,7 @@ class NodeSettings(PeerSettings):
         0.0,
         "Share of this node's space, from 0 to 0.5, that copies of other nodes' hot blocks may take: engines then read "
         "these from the less loaded of two nodes, and lose none of them with one.",
-        shown="0: none",
+        shown="0",
     )
     metrics_listen: str | None = setting(
         None, "HOST:PORT to serve /metrics and /health on; port 0 picks a free one.", shown="none"

@@ -109,7 +109,7 @@ class Replicas:
                 if begin < until and self._parts.get(keys[until - 1]) is None:
                     self._parts.set(keys[begin:until], tuple(keys[begin:until]))
 
-    def note_reads(self, keys: Sequence[BlockKey], size_bytes: int) -> None:
+    def note_reads(self, keys: Sequence[BlockKey]) -> None:
         """Count reads, and have what is hot copied."""
         if not self.on:
             return
@@ -125,7 +125,7 @@ class Replicas:
             for part in todo:
                 self._again_s.set((part[-1],), now_s + AGAIN_S)
         for part in todo:
-            self._offer(part, size_bytes)
+            self._offer(part)
 
     def spread(
         self, keys: Sequence[BlockKey], size_bytes: int, found: Mapping[Child | None, Sequence[int]]
@@ -223,7 +223,7 @@ class Replicas:
 
     # --- copies ---
 
-    def _offer(self, part: tuple[BlockKey, ...], size_bytes: int) -> None:
+    def _offer(self, part: tuple[BlockKey, ...]) -> None:
         """Copy a part of a prefix later."""
         with self._lock:
             if self._closing.is_set():
@@ -233,10 +233,10 @@ class Replicas:
             except (RuntimeError, MemoryError):  # the operating system starts no thread now
                 count_loss("copies_dropped", len(part))
                 return
-        if not worker.put(partial(self._copy, part, size_bytes)):
+        if not worker.put(partial(self._copy, part)):
             count_loss("copies_dropped", len(part))
 
-    def _copy(self, part: tuple[BlockKey, ...], size_bytes: int) -> None:
+    def _copy(self, part: tuple[BlockKey, ...]) -> None:
         """Find out which blocks of a part have no copy yet, and make it."""
         moves: dict[tuple[int, int], list[Move]] = {}
         for move in self._missing(part):

@@ -213,7 +213,7 @@ class UnionPool:
         on_nodes = [
             at for child, some in by_child.items() if child is not None and child.node is not None for at in some
         ]
-        self._replicas.note_reads([keys[at] for at in on_nodes], size_bytes)
+        self._replicas.note_reads([keys[at] for at in on_nodes])
         return readers
 
     def _read_from(
