@@ -151,7 +151,7 @@ class TenantQuotas:
 
     def note_written(self, account: bytes, size_bytes: int) -> None:
         """A block that was charged is new, and will be written: what the time until a default quota is lost counts."""
-        if account not in self._quotas and not is_copy(account):
+        if account not in self._quotas:
             self._places.written(size_bytes)
 
     def recharge(self, account: bytes, other: bytes, size_bytes: int) -> None:
@@ -287,6 +287,6 @@ class TenantQuotas:
             self._held[account] = held
         else:
             self._held.pop(account, None)
-        if is_copy(account):
+        if account and is_copy(account):
             self.copies.set(account, held)
         self._note_excess(account)

@@ -250,7 +250,7 @@ class Table:
         that member is over its quota."""
         account, length = self.quotas.account(new.tenant), staging_bytes(new.size_bytes)
         gone: list[Block] = []
-        if is_copy(new.tenant) and not self._within_copies(account, length, gone):
+        if new.tenant and is_copy(new.tenant) and not self._within_copies(account, length, gone):
             return None, gone
         # Charge it first: whose blocks are evicted must not change while the writer's own blocks are evicted.
         self.quotas.charge(account, length)
