@@ -20,6 +20,7 @@ class MemoryNode:
 
     read_bytes_per_s = 1e9
     block_bytes_max = 1 << 20
+    takes_copies = False
 
     def __init__(self, place: str) -> None:
         self.place = place
