@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from typer.testing import CliRunner
 
 from penstock.core.keys import BlockKey
+from penstock.core.new_block import tenant_tag
 from penstock.core.pool.copies import COPY_MARK
 from penstock.core.pool.placement import STRIPED_NODES_MAX
 from penstock.core.pool.policy import PoolPolicy
@@ -19,7 +21,10 @@ from penstock.pool.members.memory import MemoryMember
 from penstock.pool.net.connect import connect_pool, open_union
 from penstock.pool.net.node import PoolNode
 from penstock.pool.node_backend import OpenedBlock
+from penstock.pool.setup.node_metrics import node_metrics
+from penstock.pool.setup.pool_command import pool_app
 from penstock.pool.union.union_pool import UnionPool
+from penstock.units import format_bytes
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, new_block, staged, until
 
 MIB = 1 << 20
@@ -338,5 +343,24 @@ def test_copies_that_leave_while_others_read_them_cost_no_read(nodes: int) -> No
         time.sleep(0.5)
         make_hot(union, hot)
         assert sum(fleet.copies()) == 0, "not made again at once"
+    finally:
+        fleet.close()
+
+
+def test_what_copies_hold_is_in_the_metrics_of_a_node_and_in_its_stat() -> None:
+    fleet = Fleet(2)
+    try:
+        union, hot = fleet.union(), keys_of("hot", 10)
+        store(union, hot, tenant="t")
+        make_hot(union, hot)
+        until(lambda: copied(fleet, 10), 30.0)
+        bytes_held = fleet.copies()
+        for node, pool, held in zip(fleet.nodes, fleet.pools, bytes_held, strict=True):
+            line = f'penstock_pool_copy_bytes{{tenant="{tenant_tag("t").hex()}"}} {float(held)}'
+            assert line in node_metrics(node, pool).decode()
+            shown = CliRunner().invoke(pool_app, ["stat", node.place])
+            assert f"copies of other nodes' blocks: {format_bytes(held)}, of 1 tenants" in shown.output
+        assert sum(bytes_held) == 10 * 4096 and min(bytes_held) > 0
+        assert dict(union.stat(5.0).copies) == {tenant_tag("t").hex(): 10 * 4096}
     finally:
         fleet.close()
