@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -212,16 +213,16 @@ def check_hybrid(config: Any) -> Check:
 
 def check_layout(config: Any) -> Check:
     """Whether all connectors in a MultiConnector want one layout of vLLM's cache."""
-    import vllm.envs
-    from vllm.distributed.kv_transfer.kv_connector.utils import get_kv_connector_cache_layout
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
-    if vllm.envs.VLLM_KV_CACHE_LAYOUT is not None or config.kv_transfer_config is None:
-        return Check("cache layout", "ok", vllm.envs.VLLM_KV_CACHE_LAYOUT or "vLLM's own choice")
+    transfer, chosen = config.kv_transfer_config, os.environ.get("VLLM_KV_CACHE_LAYOUT")
     try:
-        return Check("cache layout", "ok", get_kv_connector_cache_layout(config) or "vLLM's own choice")
+        if not chosen and transfer is not None and transfer.kv_connector is not None:
+            chosen = KVConnectorFactory.get_connector_class(transfer).get_required_kvcache_layout(config)
     except ValueError as error:
         advice = "choose one with VLLM_KV_CACHE_LAYOUT: beside NIXL LBHNC, which NIXL needs"
         return Check("cache layout", "problem", " ".join(str(error).split()), advice, unusable=True)
+    return Check("cache layout", "ok", chosen or "vLLM's own choice")
 
 
 def check_settings(config: Any) -> Check:
