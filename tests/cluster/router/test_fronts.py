@@ -269,7 +269,7 @@ def test_the_placer_ends_and_the_fronts_say_so() -> None:
 
 
 def test_a_front_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placer, "SILENT_S", 1.5)
+    monkeypatch.setattr(placer, "SILENT_S", 4.0)
     silent: list[int] = []
     with fronted() as c:
         c.placer.on_silent = silent.append
