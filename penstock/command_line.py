@@ -122,7 +122,7 @@ def one_line(error: Exception | str) -> str:
     return " ".join(str(error).split())
 
 
-def log_to_stderr(level: str) -> None:
-    """Of a process that serves; uvicorn's own lines only where asked for."""
-    log_lines.log_to_stderr(level)
+def log_to_stderr(level: str, who: str = "") -> None:
+    """Of a process that serves (`who`: which of several); uvicorn's own lines only where asked for."""
+    log_lines.log_to_stderr(level, who)
     logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")

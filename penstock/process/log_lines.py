@@ -27,8 +27,9 @@ class OneLineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def log_to_stderr(level: str) -> None:
-    """Set up the root logger to write to stderr, unless it has a handler already."""
+def log_to_stderr(level: str, who: str = "") -> None:
+    """Set up the root logger to write to stderr, unless it has a handler already. `who`: this process, where others
+    write to the same stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLineFormatter(FORMAT))
+    handler.setFormatter(OneLineFormatter(FORMAT.replace("%(name)s", f"{who} %(name)s") if who else FORMAT))
     logging.basicConfig(level=level, handlers=[handler])

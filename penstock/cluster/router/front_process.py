@@ -30,7 +30,7 @@ def main() -> int:
     start = read_start(sys.stdin.buffer.read())
     from penstock.command_line import log_to_stderr, one_line
 
-    log_to_stderr(start.flags.log_level.upper())
+    log_to_stderr(start.flags.log_level.upper(), f"front {start.slot}")
     try:
         failure = _serve(start)
     except (ValueError, OSError) as error:
@@ -38,7 +38,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     if failure is not None:
-        log.error("front %d ends: %s", start.slot, failure)
+        log.error("it ends: %s", failure)
     return int(failure is not None)
 
 

@@ -25,6 +25,7 @@ from penstock.cluster.engine.registration import EngineRegistration, Registratio
 from penstock.cluster.wire import EngineCard
 from penstock.pool.net.secret import Secret
 from penstock.process.child_python import child_environment, python_command
+from penstock.testing.tiny_models import build_tiny
 from penstock.units import parse_address
 from tests.asking import WAIT_S, wait_until
 from tests.cluster.router_rig import VOCABULARY, CountingHost, expected
@@ -138,20 +139,27 @@ def streamed(url: str, prompt: Sequence[int], count: int, begun: threading.Semap
 
 
 def test_answers_are_the_same_with_fronts_as_without(tmp_path: Path) -> None:
+    """Prompts are token ids, texts and chats: each front renders, tokenizes and decodes."""
+    model = str(build_tiny("llama", tmp_path / "model"))
+    ids = {"return_token_ids": True, "ignore_eos": True}
     prompts = [[number, *PROMPT] for number in range(6)]
-    bodies = [body(prompt, 9) for prompt in prompts] + [body([1, 2], 5, n=2), body([], 5), body([VOCABULARY], 5)]
+    asked = [("completions", body(prompt, 9, **ids)) for prompt in prompts]
+    asked += [("completions", one) for one in (body([1, 2], 5, n=2), body([], 5), body([VOCABULARY], 5))]
+    asked += [("completions", {"prompt": "A penstock is", "max_tokens": 7, "temperature": 0, **ids})]
+    chat = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 7, "temperature": 0, **ids}
+    asked += [("chat/completions", chat)]
+
+    def ask(url: str, place: str, given: dict[str, Any]) -> tuple[int, Any]:
+        answer = httpx.post(f"{url}/v1/{place}", json=given, timeout=WAIT_S)
+        return answer.status_code, {k: v for k, v in answer.json().items() if k not in ("id", "created")}
 
     def of(url: str) -> list[tuple[int, Any]]:
         with ThreadPoolExecutor(8) as threads:
-            answers = list(
-                threads.map(lambda one: httpx.post(f"{url}/v1/completions", json=one, timeout=WAIT_S), bodies)
-            )
-        found = [(answer.status_code, answer.json()) for answer in answers]
-        return [(status, {k: v for k, v in said.items() if k not in ("id", "created")}) for status, said in found]
+            return list(threads.map(lambda one: ask(url, *one), asked))
 
-    with router(tmp_path) as alone:
+    with router(tmp_path, model) as alone:
         want = of(alone.url)
-    with router(tmp_path, "--fronts", "2") as both:
+    with router(tmp_path, model, "--fronts", "2") as both:
         assert of(both.url) == want
         for front in both.fronts():
             with both.only(front):
@@ -159,8 +167,9 @@ def test_answers_are_the_same_with_fronts_as_without(tmp_path: Path) -> None:
         assert both.process.poll() is None
         both.process.terminate()
         assert both.process.wait(WAIT_S) == 0
-    assert [status for status, _ in want] == [200] * 7 + [400] * 2
+    assert [status for status, _ in want] == [200] * 7 + [400] * 2 + [200] * 2
     assert want[0][1]["choices"][0]["token_ids"] == expected(prompts[0], 9)
+    assert want[-2][1]["choices"][0]["text"] and want[-1][1]["choices"][0]["message"]["content"]
 
 
 def test_a_killed_front_takes_its_own_streams_only(tmp_path: Path) -> None:

@@ -103,6 +103,16 @@ def test_a_connection_of_one_front_is_lost_and_comes_back() -> None:
         assert c.counter("links_lost") == 1 and c.counter("restarts") == 2
 
 
+def test_an_engine_that_comes_while_a_front_is_away_serves_the_other() -> None:
+    with fronted() as c:
+        c.kill_front(1)
+        c.engine("e")
+        finished(c.ask(PROMPT, 5), PROMPT, 5)
+        again = c.start_front(1)
+        wait_until(again.all_linked, "the engine connects to it")
+        finished(c.ask(PROMPT, 6, router=again), PROMPT, 6)
+
+
 def test_a_placement_does_not_wait_for_a_connection_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_engine, "LINK_S", 0.01)
     with fronted() as c:
@@ -259,7 +269,7 @@ def test_the_placer_ends_and_the_fronts_say_so() -> None:
 
 
 def test_a_front_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placer, "SILENT_S", 1.5)
+    monkeypatch.setattr(placer, "SILENT_S", 4.0)
     silent: list[int] = []
     with fronted() as c:
         c.placer.on_silent = silent.append
