@@ -31,7 +31,7 @@ TOGETHER = {
     "tests/cluster/deploy/test_on_ray.py": "cluster",
     "tests/cluster/test_pool_out_of_memory.py": "cluster",
     "tests/cluster/test_tls_cluster.py": "cluster",
-    "tests/cluster/router/test_front_processes.py": "cluster",
+    "tests/cluster/router/fronts/test_front_processes.py": "cluster",
 }
 
 if "PENSTOCK_TESTS_CACHE" not in os.environ:  # not in a child of the tests

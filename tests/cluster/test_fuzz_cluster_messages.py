@@ -10,7 +10,7 @@ import pytest
 
 from penstock.cluster import wire
 from penstock.cluster.messages import EngineReport
-from penstock.cluster.router import front_wire
+from penstock.cluster.router.fronts import wire as front_wire
 from penstock.engine.api import RequestReport
 from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
 from tests.message_mutants import Kinds

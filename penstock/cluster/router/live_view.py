@@ -15,7 +15,7 @@ from penstock.server.errors import json_response
 from penstock.server.live import live_page, page_response
 
 if TYPE_CHECKING:
-    from penstock.cluster.router.placer import Placer
+    from penstock.cluster.router.fronts.placer import Placer
     from penstock.cluster.router.router import ClusterEngine, RequestRouter
 
 REQUESTS_SHOWN = 64

@@ -18,7 +18,7 @@ from penstock.server.api_flags import API, API_FLAGS, API_LIMITS, CLUSTER, LIMIT
 from penstock.server.api_settings import DEFAULT_PORT
 
 if TYPE_CHECKING:
-    from penstock.cluster.router.front_supervisor import FrontSupervisor
+    from penstock.cluster.router.fronts.supervisor import FrontSupervisor
     from penstock.server.settings import ServerSettings
 
 CLOSE_TIMEOUT_S = 5.0
@@ -116,9 +116,9 @@ def _serve_by_fronts(flags: RouterFlags) -> None:
     """This process places requests, and starts those that serve clients. Raises ValueError, OSError or RouterEnded with
     one line."""
     from penstock.cluster.peer_proof import proof_of
-    from penstock.cluster.router.front_pages import placer_record
-    from penstock.cluster.router.front_supervisor import FrontsFailed, FrontSupervisor
-    from penstock.cluster.router.placer import Placer
+    from penstock.cluster.router.fronts.pages import placer_record
+    from penstock.cluster.router.fronts.placer import Placer
+    from penstock.cluster.router.fronts.supervisor import FrontsFailed, FrontSupervisor
     from penstock.cluster.router.router_flags import router_settings, server_settings, tokenizer_folder
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects

@@ -41,7 +41,7 @@ NO_MESSAGES = {
     "nothing": b"",
 }
 DECODING = {  # modules that decode what another process sends, each fuzzed or tested by itself; framing: for others
-    "cluster/agent_wire.py", "cluster/router/front_wire.py", "cluster/wire.py", "framing.py",
+    "cluster/agent_wire.py", "cluster/router/fronts/wire.py", "cluster/wire.py", "framing.py",
     "pool/net/nixl_mover.py", "pool/net/pool_lending.py", "pool/net/shared_memory.py", "pool/net/wire.py",
     "server/template_process.py", "server/template_renderer.py",
     "vllm/link.py",

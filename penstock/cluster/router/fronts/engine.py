@@ -4,7 +4,7 @@ FRONT-1  Statement: A placement is begun when this front is connected to its eng
          most, and is then given back to the placer.
 FRONT-2  Statement: A loss that front and placer see in different order costs an attempt, never the request: what is
          said of an attempt that is over is ignored.
-Verification: tests/cluster/router/test_fronts.py.
+Verification: tests/cluster/router/fronts/test_fronts.py.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from penstock.cluster import wire
-from penstock.cluster.router import front_wire
 from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
-from penstock.cluster.router.front_records import MetricsRecord, added_metrics, packed, unpacked
-from penstock.cluster.router.front_wire import FrontChannel, Kind
+from penstock.cluster.router.fronts import wire as front_wire
+from penstock.cluster.router.fronts.records import MetricsRecord, added_metrics, packed, unpacked
+from penstock.cluster.router.fronts.shared_prefixes import SharedPrefixes
+from penstock.cluster.router.fronts.wire import FrontChannel, Kind
 from penstock.cluster.router.prefix_hashes import PrefixHashes
 from penstock.cluster.router.routed_request import RoutedRequest, RouterSettings
 from penstock.cluster.router.router import RequestRouter
 from penstock.cluster.router.router_stats import port_counters, request_gauges
-from penstock.cluster.router.shared_prefixes import SharedPrefixes
 from penstock.core.cluster.decisions import Place, Replan
 from penstock.core.cluster.seen_prefixes import SeenPrefixes
 from penstock.engine.api import EngineStats

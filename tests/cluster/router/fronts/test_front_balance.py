@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from penstock.cluster.router.front_balance import FrontBalance, make_balance
+from penstock.cluster.router.fronts.balance import FrontBalance, make_balance
 from penstock.core.connection_limits import ConnectionBudget
 from penstock.server.acceptor import Acceptor, Admission
 from tests.waiting import WAIT_S

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from penstock.cluster.router import shared_prefixes
+from penstock.cluster.router.fronts import shared_prefixes
+from penstock.cluster.router.fronts.shared_prefixes import SharedPrefixes, make_table
 from penstock.cluster.router.prefix_hashes import PrefixHashes
-from penstock.cluster.router.shared_prefixes import SharedPrefixes, make_table
 from penstock.core.cluster.seen_prefixes import SEGMENT_BLOCKS, SeenPrefixes
 from penstock.core.packed_tokens import pack_tokens
 

@@ -5,7 +5,7 @@ the fronts', which say of a request what placing needs (`front_wire`), and talk 
 
 PLACER-1  Statement: A request of a front is known to the scheduler core from its Submit until its End, or the end of
           that front; so what a front had on engines is given back when it dies.
-Verification: tests/cluster/router/test_fronts.py.
+Verification: tests/cluster/router/fronts/test_fronts.py.
 
 Threading: as `router`. `attach` and the properties may be used from any thread.
 """
@@ -23,14 +23,14 @@ from functools import partial
 from typing import TypeVar, cast
 
 from penstock.cluster import wire
-from penstock.cluster.router import front_wire
 from penstock.cluster.router.decision_loop import DecisionLoop
 from penstock.cluster.router.dispatch import read_tokens_of
 from penstock.cluster.router.engine_accounts import EngineAccounts
 from penstock.cluster.router.engine_fit import can_serve, misfit
 from penstock.cluster.router.engine_registry import EngineRegistry, RegisteredEngine
-from penstock.cluster.router.front_gathering import ConnectedFront, FrontGathering
-from penstock.cluster.router.front_wire import FrontChannel
+from penstock.cluster.router.fronts import wire as front_wire
+from penstock.cluster.router.fronts.gathering import ConnectedFront, FrontGathering
+from penstock.cluster.router.fronts.wire import FrontChannel
 from penstock.cluster.router.routed_request import RouterSettings
 from penstock.cluster.router.router_loop import RouterLoop
 from penstock.cluster.wire_types import clip

@@ -8,8 +8,9 @@ from typing import Any
 from prometheus_client.core import Metric
 from starlette.routing import Route
 
-from penstock.cluster.router.front_engine import FrontEngine
-from penstock.cluster.router.front_records import (
+from penstock.cluster.router.fronts.engine import FrontEngine
+from penstock.cluster.router.fronts.placer import Placer
+from penstock.cluster.router.fronts.records import (
     Family,
     LiveRecord,
     MetricsRecord,
@@ -18,9 +19,8 @@ from penstock.cluster.router.front_records import (
     packed,
     unpacked,
 )
-from penstock.cluster.router.front_wire import RECORD_BYTES_MAX, Kind
+from penstock.cluster.router.fronts.wire import RECORD_BYTES_MAX, Kind
 from penstock.cluster.router.live_view import REQUESTS_SHOWN, engines_record, page_routes, requests_record
-from penstock.cluster.router.placer import Placer
 from penstock.cluster.router.router_stats import router_stats
 from penstock.server.app import ServerApp
 from penstock.server.metrics import ProcessMetrics

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from penstock.cluster.router import front_wire
-from penstock.cluster.router.front_records import MetricsRecord, added_metrics, of_the_past, packed, unpacked
-from penstock.cluster.router.front_wire import FrontChannel, Kind
+from penstock.cluster.router.fronts import wire as front_wire
+from penstock.cluster.router.fronts.records import MetricsRecord, added_metrics, of_the_past, packed, unpacked
+from penstock.cluster.router.fronts.wire import FrontChannel, Kind
 
 GATHER_S = 1.5  # for the records of fronts
 GATHERING_MAX = 64

@@ -13,12 +13,12 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from penstock.cluster.router.front_start import FrontStart, read_start, share_of
+from penstock.cluster.router.fronts.start import FrontStart, read_start, share_of
 
 if TYPE_CHECKING:
-    from penstock.cluster.router.front_engine import FrontEngine
+    from penstock.cluster.router.fronts.engine import FrontEngine
 
-log = logging.getLogger("penstock.cluster.router.front_process")  # this module is __main__
+log = logging.getLogger("penstock.cluster.router.fronts.process")  # this module is __main__
 
 CLOSE_TIMEOUT_S = 5.0
 LINKED_S = 3.0  # before it serves clients it waits so long for connections to all engines
@@ -45,9 +45,9 @@ def main() -> int:
 def _serve(start: FrontStart) -> str | None:
     """Returns the internal error that ended it. Raises ValueError or OSError with one line."""
     from penstock.cluster.peer_proof import proof_of
-    from penstock.cluster.router.front_balance import FrontBalance
-    from penstock.cluster.router.front_engine import FrontEngine, FrontSockets
-    from penstock.cluster.router.front_pages import FrontPages
+    from penstock.cluster.router.fronts.balance import FrontBalance
+    from penstock.cluster.router.fronts.engine import FrontEngine, FrontSockets
+    from penstock.cluster.router.fronts.pages import FrontPages
     from penstock.cluster.router.router_flags import router_codec, router_settings, server_settings
     from penstock.cluster.router.vllm_api import VllmApi
     from penstock.process.file_limit import raise_file_limit

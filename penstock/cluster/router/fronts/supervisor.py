@@ -14,12 +14,12 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 
-from penstock.cluster.router.front_balance import FrontBalance, make_balance
-from penstock.cluster.router.front_engine import new_prefix_secret
-from penstock.cluster.router.front_start import FrontStart, packed_start
-from penstock.cluster.router.placer import Placer
+from penstock.cluster.router.fronts.balance import FrontBalance, make_balance
+from penstock.cluster.router.fronts.engine import new_prefix_secret
+from penstock.cluster.router.fronts.placer import Placer
+from penstock.cluster.router.fronts.shared_prefixes import make_table
+from penstock.cluster.router.fronts.start import FrontStart, packed_start
 from penstock.cluster.router.router_flags import RouterFlags
-from penstock.cluster.router.shared_prefixes import make_table
 from penstock.process.child_python import child_environment, python_command
 from penstock.process.die_with_parent import die_with_parent
 
@@ -138,7 +138,7 @@ class FrontSupervisor:
                 start = FrontStart(process.slot, self.fronts, *files, self._secret, self.flags)
                 process.again_s, process.started_s = None, time.monotonic()
                 process.popen = popen = subprocess.Popen(
-                    python_command("-m", "penstock.cluster.router.front_process"),
+                    python_command("-m", "penstock.cluster.router.fronts.process"),
                     stdin=subprocess.PIPE,
                     pass_fds=files,
                     start_new_session=True,  # a Ctrl-C is for the placer, which ends the fronts in order

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from penstock.cluster import wire
-from penstock.cluster.router import front_engine, placer
 from penstock.cluster.router.engine_registry import EngineRegistry
+from penstock.cluster.router.fronts import engine as front_engine
+from penstock.cluster.router.fronts import placer
 from penstock.core.cluster.decisions import InterEngineConfig
 from penstock.engine.api import GenerationRequest, Overloaded
 from penstock.engine.runner import SamplingParams
 from penstock.pool.net.secret import Secret
 from tests.asking import wait_until
 from tests.authorities import new_authority
-from tests.cluster.router.front_rig import FrontedCluster, fronted
+from tests.cluster.router.fronts.front_rig import FrontedCluster, fronted
 from tests.cluster.router.test_control_plane import finished
 from tests.cluster.router_rig import SECRET, VOCABULARY, Client, CountingHost, cluster
 from tests.waiting import read_until_ended

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.router import test_control_plane as control_plane
 from tests.cluster.router import test_vllm_engines as vllm_engines
-from tests.cluster.router.front_rig import fronted
+from tests.cluster.router.fronts.front_rig import fronted
 
 ROLES = ("prefill", "decode", "decode")
 TESTS: list[tuple[Any, str, dict[str, Any]]] = [

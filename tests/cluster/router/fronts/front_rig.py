@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from penstock.cluster.router.front_engine import FrontEngine, FrontSockets, new_prefix_secret
-from penstock.cluster.router.front_pages import placer_record
-from penstock.cluster.router.placer import Placer
-from penstock.cluster.router.shared_prefixes import make_table
+from penstock.cluster.router.fronts.engine import FrontEngine, FrontSockets, new_prefix_secret
+from penstock.cluster.router.fronts.pages import placer_record
+from penstock.cluster.router.fronts.placer import Placer
+from penstock.cluster.router.fronts.shared_prefixes import make_table
 from tests.asking import WAIT_S
 from tests.cluster.router_rig import Cluster
 from tests.waiting import wait_until
