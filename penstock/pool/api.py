@@ -84,11 +84,11 @@ class PoolStat:
     `evictions` by cause: `asked` (by a caller), or for a new block one of the writer's `own` blocks, one of another
     tenant without a quota (`shared`), or one of a tenant `over_quota`. `writes_refused`: writes of tenants that have no
     quota by name, where only tenants with a quota may write. `sent_bytes_by`: bytes that a node's clients read, by
-    way: in `messages`, or `one-sided`; `one_sided`: how they read one-sided, or "off: " and why they do not. `losses`
-    and `thread_failures`: by kind, of the whole process (`pool.losses`, `process.guarded_thread`). `copies`: bytes of
-    copies of blocks that other nodes have, by tenant (tag in hex); `tenants` is without them. Of a union
-    (`pool.union.replicas`): `copied_blocks` that it copied, `copy_reads`, blocks that it read from another node than
-    the one it found them on, `saved_reads`, those of them whose first read failed.
+    way: in `messages`, or `one-sided`; `received_bytes_by`: that they wrote; `one_sided`: how bytes travel one-sided,
+    or "off: " and why they do not. `losses` and `thread_failures`: by kind, of the whole process (`pool.losses`,
+    `process.guarded_thread`). `copies`: bytes of copies of blocks that other nodes have, by tenant (tag in hex);
+    `tenants` is without them. Of a union (`pool.union.replicas`): `copied_blocks` that it copied, `copy_reads`, blocks
+    that it read from another node than the one it found them on, `saved_reads`, those of them whose first read failed.
     """
 
     members: Annotated[tuple[MemberStat, ...], Meta(max_length=STAT_ROWS_MAX)]
@@ -109,6 +109,7 @@ class PoolStat:
     copied_blocks: Amount = 0
     copy_reads: Amount = 0
     saved_reads: Amount = 0
+    received_bytes_by: StatCounts = ()
 
     def bounded(self) -> PoolStat:
         """The same record with every figure clipped to the bounds of a message, so that one absurd figure does not make

@@ -196,11 +196,15 @@ class ProcessMetrics(Collector):
         read = CounterMetricFamily(
             "penstock_pool_read_bytes", "Bytes read from pool nodes, in messages or one-sided", labels=["way"]
         )
+        written = CounterMetricFamily(
+            "penstock_pool_written_bytes", "Bytes written to pool nodes, in messages or one-sided", labels=["way"]
+        )
         one_sided = GaugeMetricFamily(
-            "penstock_pool_one_sided", "1 where a pool node's blocks are read one-sided", labels=["node"]
+            "penstock_pool_one_sided", "1 where blocks travel one-sided from and to a pool node", labels=["node"]
         )
         usable = {place: int(not state.startswith("off")) for place, state in ways.states().items()}
-        families = ((threads, thread_failures()), (lost, losses()), (read, ways.read_bytes()), (one_sided, usable))
+        moved = ((read, ways.read_bytes()), (written, ways.written_bytes()))
+        families = ((threads, thread_failures()), (lost, losses()), *moved, (one_sided, usable))
         for family, counts in families:
             for label, count in counts.items():
                 family.add_metric([label], float(count))

@@ -331,6 +331,7 @@ class Host:
                 "save_failures": dict(activity.save_failures),
                 "requests_without_pool": dict(activity.requests_without_pool),
                 "pool_read_bytes": {way: count for way, count in ways.read_bytes().items() if count},
+                "pool_written_bytes": {way: count for way, count in ways.written_bytes().items() if count},
             }
             links = {name: link.bytes_per_s for name, link in self.scheduler.cost.links.items()}
             links["upload"] = self.scheduler.cost.upload.bytes_per_s

@@ -20,6 +20,7 @@ _LABEL_OF = {
     "save_failures": ("reason", "Blocks that could not be saved"),
     "requests_without_pool": ("reason", "Requests whose KV cannot be identified by content, computed without the pool"),
     "pool_read_bytes": ("way", "Bytes read from pool nodes, in messages or one-sided"),
+    "pool_written_bytes": ("way", "Bytes written to pool nodes, in messages or one-sided"),
     "link_bytes_per_second": ("link", "Recent bandwidth of each link while it was busy"),
 }
 COUNTER_HELP = {

@@ -21,12 +21,16 @@ from penstock.pool.api import DoneMany, Pool, PoolError, ReadCheck
 from penstock.pool.authenticated import AuthenticatedPool
 from penstock.pool.kv_events import KvEventLog
 from penstock.pool.mac import PoolKey
+from penstock.pool.net import one_sided_writes
 from penstock.pool.net.connect import connect_pool
+from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from tests.asking import prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, serving
+from tests.pool.net.one_sided_rig import NIXL, counted, counted_writes
 
 BLOCKS = 24
 PROMPT = prompt_of(7, BLOCKS * BLOCK + 5)
@@ -91,7 +95,7 @@ class SpanPool(WrappedPool):
 
 @contextlib.contextmanager
 def served(kind: str, folder: Path) -> Iterator[Pool]:
-    """A memory pool of this process; or a node with memory, or with a slab."""
+    """A memory pool of this process; or a node with memory, which may be read one-sided, or with a slab."""
     slabs = [(folder / "kv.slab", 32 << 20)] if kind == "slab node" else []
     with contextlib.ExitStack() as undo:
         local = open_local_pool(() if slabs else (32 << 20,), slabs)
@@ -99,7 +103,8 @@ def served(kind: str, folder: Path) -> Iterator[Pool]:
         if kind == "memory":
             yield local
             return
-        node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=16 << 20)
+        agent = NixlAgent() if kind == "one-sided node" else None
+        node = PoolNode(local, "127.0.0.1", 0, staging_capacity_bytes=16 << 20, one_sided=agent)
         undo.callback(node.close, CLOSE_S)
         client = connect_pool(f"127.0.0.1:{node.address[1]}")
         undo.callback(client.close, CLOSE_S)
@@ -112,15 +117,28 @@ def remote(tmp_path: Path) -> Iterator[Pool]:
         yield pool
 
 
+def await_attached(pool: Pool, kind: str) -> None:
+    """Wait until blocks travel one-sided, where they can."""
+    if kind == "one-sided node":
+        assert isinstance(pool, RemotePool)
+        wait_until(lambda: not pool.one_sided.startswith("off"), "the node's memory is attached")
+
+
 def keys_of(runner: HFRunner) -> list[BlockKey]:
     return KeyChain(root_key(runner.layout.fingerprint(runner.model_id), ""), BLOCK).extend(PROMPT)
 
 
 @pytest.mark.parametrize("wrap", ["plain", "authenticated", "announced"])
-@pytest.mark.parametrize("kind", ["memory", "node", "slab node"])
+@pytest.mark.parametrize("kind", ["memory", "node", "slab node", pytest.param("one-sided node", marks=NIXL)])
 def test_spans_give_the_computed_tokens(
-    kind: str, wrap: str, llama: HFRunner, computed: Callable[..., list[int]], tmp_path: Path
+    kind: str,
+    wrap: str,
+    llama: HFRunner,
+    computed: Callable[..., list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(one_sided_writes, "SPAN_BYTES_MIN", 0)
     with served(kind, tmp_path) as inner:
         watched = SpanPool(inner)
         pool: Pool = watched
@@ -128,17 +146,21 @@ def test_spans_give_the_computed_tokens(
             pool = AuthenticatedPool(watched, PoolKey(b"k" * 32))
         elif wrap == "announced":
             pool = AnnouncedPool(watched, KvEventLog())
-        with serving(llama, pool, **SPANS) as rig:
+        with counted_writes() as written, serving(llama, pool, **SPANS) as rig:
+            await_attached(inner, kind)
             assert rig.ask(PROMPT).tokens == computed(PROMPT)
             rig.settle()
             assert rig.counter("saved_blocks") == BLOCKS
         assert max(watched.writes) > 1, "saves travelled singly"
-        with serving(llama, pool, **SPANS) as rig:
+        with counted() as read, serving(llama, pool, **SPANS) as rig:
+            await_attached(inner, kind)
             answer = rig.ask(PROMPT)
             assert answer.tokens == computed(PROMPT)
             assert answer.report.loaded_bytes == BLOCKS * llama.layout.full_block_bytes
             assert not answer.report.load_failures
         assert watched.reads == ([8, 8, 8] if kind != "memory" else [])
+        moved = answer.report.loaded_bytes if kind == "one-sided node" else 0
+        assert read["one-sided"] == written["one-sided"] == moved
 
 
 def test_blocks_of_a_span_fail_alone(llama: HFRunner, computed: Callable[..., list[int]], remote: Pool) -> None:

@@ -18,11 +18,13 @@ from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
 from penstock.engine.runner import SamplingParams
 from penstock.pool.api import PoolError
+from penstock.pool.net import ways
 from penstock.pool.net.connect import open_union
 from penstock.pool.setup.open import open_local_pool
 from penstock.pool.union.union_pool import UnionPool
 from tests.asking import WAIT_S, Answer, prompt_of, wait_until
 from tests.engine.engine_rig import BLOCK, Rig, serving
+from tests.pool.net.one_sided_rig import WAYS, counted
 
 BLOCKS = 18
 PROMPT = prompt_of(301, BLOCKS * BLOCK + 5)
@@ -33,8 +35,12 @@ MIB = 1 << 20
 class Node:
     """A `penstock pool` process."""
 
-    def __init__(self, listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1) -> None:
-        command = [sys.executable, "-m", "penstock", "pool", "--listen", listen, "--memory", "32MiB", "--pace", pace]
+    def __init__(
+        self, listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1, rdma: bool = False
+    ) -> None:
+        """With `rdma`, without a pace."""
+        command = [sys.executable, "-m", "penstock", "pool", "--listen", listen, "--memory", "32MiB"]
+        command += ["--rdma"] if rdma else ["--pace", pace]
         command += ["--processes", str(processes)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -55,8 +61,8 @@ class Node:
 def start() -> Iterator[Callable[..., Node]]:
     nodes: list[Node] = []
 
-    def started(listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1) -> Node:
-        nodes.append(Node(listen, pace, processes))
+    def started(listen: str = "127.0.0.1:0", pace: str = "1GB/s", processes: int = 1, rdma: bool = False) -> Node:
+        nodes.append(Node(listen, pace, processes, rdma))
         return nodes[-1]
 
     yield started
@@ -80,19 +86,25 @@ def ask(rig: Rig, prompt: list[int], want: list[int]) -> Answer:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_kv_on_two_nodes_and_in_local_memory_gives_the_same_tokens(
-    llama: HFRunner, computed: Callable[..., list[int]], start: Callable[..., Node]
+    way: str, llama: HFRunner, computed: Callable[..., list[int]], start: Callable[..., Node]
 ) -> None:
-    one, two = start(), start()
+    one, two = (start(rdma=way == "one-sided") for _ in range(2))
     pool = union([one, two], [1e9, 2e9, 3e9], memory=32 * MIB)
     with serving(llama, pool) as rig:
         ask(rig, PROMPT, computed(PROMPT))
         rig.settle()
     assert blocks_of(pool) == {"memory:0": 3, one.member: 6, two.member: 9}, "by weight"
-    with serving(llama, pool) as rig:
+    with counted() as read, serving(llama, pool) as rig:
+        if way == "one-sided":
+            wait_until(
+                lambda: not any(ways.states()[node.address].startswith("off") for node in (one, two)), "attached"
+            )
         answer = ask(rig, PROMPT, computed(PROMPT))
         assert answer.report.loaded_bytes == BLOCKS * llama.layout.full_block_bytes
         assert not answer.report.load_failures
+    assert read[way] == sum(read.values()) == 15 * llama.layout.full_block_bytes
     pool.close(CLOSE_S)
 
 

@@ -34,12 +34,18 @@ from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from tests.pool.helpers import ROOT, Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
 from tests.pool.members.test_journal_rows import block as row_block
+from tests.pool.net.one_sided_rig import NIXL
 from tests.pool.stored_tables import old_row_of
 
 MIB = 1 << 20
 SIZE = 5000
 OURS, THEIRS = PoolKey(b"o" * 32), PoolKey(b"t" * 32)
 PLACES = ("memory", "slab", "node on memory", "node on a slab", "node of a node", "union")
+IN_EACH_WAY = pytest.mark.parametrize(
+    ("kind", "way"),
+    [*((kind, "messages") for kind in PLACES), *(pytest.param(kind, "one-sided", marks=NIXL) for kind in PLACES[2:])],
+    indirect=["way"],
+)
 
 
 @dataclass
@@ -133,8 +139,8 @@ def mac_of(pool: Pool, key: BlockKey, size_bytes: int = SIZE) -> bytes:
     return found[0]
 
 
-@pytest.mark.parametrize("kind", PLACES)
-def test_what_is_written_under_a_key_is_read_under_it_from_everywhere(kind: str, tmp_path: Path) -> None:
+@IN_EACH_WAY
+def test_what_is_written_under_a_key_is_read_under_it_from_everywhere(kind: str, way: str, tmp_path: Path) -> None:
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours:
         for number, size in enumerate((1, SIZE, 3 * MIB)):
             assert put(ours, key_of(number), size) == "ok" and put(ours, key_of(number), size) == "ok"
@@ -152,9 +158,9 @@ FORGERIES: dict[str, Callable[[bytes, bytes], tuple[bytes, bytes]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", PLACES)
+@IN_EACH_WAY
 @pytest.mark.parametrize("how", FORGERIES)
-def test_forged_blocks_are_refused_and_replaced(kind: str, how: str, tmp_path: Path) -> None:
+def test_forged_blocks_are_refused_and_replaced(kind: str, way: str, how: str, tmp_path: Path) -> None:
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours:
         assert put(ours, key_of("a")) == put(ours, key_of("b")) == "ok"
         data, mac = FORGERIES[how](block_bytes(key_of("a"), SIZE), mac_of(at.stranger, key_of("b")))
@@ -171,8 +177,8 @@ def test_forged_blocks_are_refused_and_replaced(kind: str, how: str, tmp_path: P
         until(healed, 60.0)
 
 
-@pytest.mark.parametrize("kind", PLACES)
-def test_stored_bytes_of_a_good_mac_that_were_changed_are_refused(kind: str, tmp_path: Path) -> None:
+@IN_EACH_WAY
+def test_stored_bytes_of_a_good_mac_that_were_changed_are_refused(kind: str, way: str, tmp_path: Path) -> None:
     """One bit more, one byte less, or a block of another time under the MAC of this one."""
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours:
         changes: list[Callable[[bytes], bytes]] = [
@@ -192,8 +198,8 @@ def test_stored_bytes_of_a_good_mac_that_were_changed_are_refused(kind: str, tmp
             until(lambda key=key, size=size: put(ours, key, size) == get(ours, key, size) == "ok", 60.0)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("kind", PLACES)
-def test_another_key_reads_nothing_of_it(kind: str, tmp_path: Path) -> None:
+@IN_EACH_WAY
+def test_another_key_reads_nothing_of_it(kind: str, way: str, tmp_path: Path) -> None:
     with place(kind, tmp_path) as at, keyed(at.pool, OURS) as ours, keyed(at.pool, THEIRS) as theirs:
         assert put(ours, key_of("a")) == "ok" and get(theirs, key_of("a")) == "mac"
 

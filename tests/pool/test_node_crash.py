@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from penstock.pool.members.header import HEADER_BYTES
+from penstock.pool.net import ways
 from penstock.pool.net.connect import connect_pool
 from penstock.pool.setup.check import check_file
 from penstock.pool.setup.open import open_local_pool
 from tests.pool.helpers import Outcome, chain, new_block, read, staged
+from tests.pool.net.one_sided_rig import NIXL, attach, use_registered_memory
 
 MIB = 1 << 20
 SIZE = 9000
@@ -25,8 +27,8 @@ IN_FLIGHT = 24
 KILLS = 4
 
 
-def start(path: Path) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "penstock", "pool", "--listen", "127.0.0.1:0", "--slab", f"{path}:16MiB"]
+def start(path: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "penstock", "pool", "--listen", "127.0.0.1:0", "--slab", f"{path}:16MiB", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -34,11 +36,18 @@ def start(path: Path) -> tuple[subprocess.Popen[str], str]:
     return process, line.split()[5].removesuffix(":")
 
 
-@pytest.mark.parametrize("seed", range(KILLS))
-def test_nothing_acknowledged_is_lost_when_the_node_is_killed(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "way"), [*((seed, "messages") for seed in range(KILLS)), pytest.param(KILLS, "one-sided", marks=NIXL)]
+)
+def test_nothing_acknowledged_is_lost_when_the_node_is_killed(
+    tmp_path: Path, seed: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "kv.slab"
-    process, address = start(path)
+    process, address = start(path, *(["--rdma"] if way == "one-sided" else []))
     client = connect_pool(address)
+    written = ways.written_bytes()[way]
+    if way == "one-sided":
+        attach(client, use_registered_memory(monkeypatch).memory)
     kill_at = random.Random(seed).randrange(20, WRITES - 20)
     blocks = chain(seed, WRITES)
     room = threading.Semaphore(IN_FLIGHT)
@@ -64,6 +73,7 @@ def test_nothing_acknowledged_is_lost_when_the_node_is_killed(tmp_path: Path, se
         process.communicate()
         client.close(5.0)
     safe = [key for (key, _), reason in zip(blocks, reasons, strict=True) if reason == "ok"]
+    assert ways.written_bytes()[way] - written >= SIZE * (len(safe) - IN_FLIGHT)
     assert kill_at <= len(safe) < WRITES
     report = check_file(path)
     assert report.clean and report.rows >= len(safe)

@@ -8,12 +8,15 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from penstock.bench.processes import POOL_READY, ReadyProcess
+from penstock.pool.net import one_sided_writes
 from penstock.pool.net.remote import RemotePool
 from penstock.process.child_python import python_command
 from penstock.units import parse_address
-from tests.pool.helpers import Outcome, block_bytes, key_of, write
-from tests.pool.net.one_sided_rig import Arena, counted
+from tests.pool.helpers import Outcome, block_bytes, key_of, new_block, write
+from tests.pool.net.one_sided_rig import Arena, counted, counted_writes
 from tests.waiting import wait_until
 
 SIZE = 256 << 10
@@ -63,13 +66,15 @@ def reader_of(address: str) -> Iterator[Reader]:
         reader.pool.close(10.0)
 
 
-def test_one_node_over_verbs() -> None:
+def test_one_node_over_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One node and one client for all of it, as each start of NIXL takes seconds here."""
+    monkeypatch.setattr(one_sided_writes, "SPAN_BYTES_MIN", SIZE)
     first = ReadyProcess([*NODE, "127.0.0.1:0"], POOL_READY, ready_s=READY_S)
     with first, reader_of(first.address) as reader:
         reader.fill()
         reader.attach()
         come_over_verbs(reader)
+        go_over_verbs(reader)
 
         # A killed node is an error; the next start of it is attached anew.
         os.kill(first.pid, signal.SIGKILL)
@@ -89,6 +94,20 @@ def come_over_verbs(reader: Reader) -> None:
         assert reader.reads(KEYS) == ["ok"] * len(KEYS)
     assert moved == {"messages": 0, "one-sided": len(KEYS) * SIZE}
     assert packets() - before >= len(KEYS) * SIZE // 4096
+
+
+def go_over_verbs(reader: Reader) -> None:
+    """Write blocks from registered memory; the port's counters prove which way they took."""
+    before, news = packets(), [key_of(("over verbs", number)) for number in range(4)]
+    with counted_writes() as moved:
+        for key in news:
+            data, outcome = reader.arena.take(SIZE), Outcome()
+            data[:] = block_bytes(key, SIZE)
+            reader.pool.write(new_block(key, size_bytes=SIZE), data, WAIT_S, outcome)
+            assert outcome.reason(2 * WAIT_S) == "ok"
+    assert moved == {"messages": 0, "one-sided": len(news) * SIZE}
+    assert packets() - before >= len(news) * SIZE // 4096
+    assert reader.reads(news) == ["ok"] * len(news)
 
 
 def test_a_node_that_may_not_lock_its_memory_serves_in_messages() -> None:

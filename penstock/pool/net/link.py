@@ -47,7 +47,7 @@ Answer = TypeVar("Answer", wire.Found, wire.Evicted, wire.Stats)
 Ended = Callable[[Any, PoolError | None], None]
 Transfer = wire.Read | wire.Write | wire.ReadMany | wire.WriteMany
 _TRANSFERS = (wire.Read, wire.Write, wire.ReadMany, wire.WriteMany)  # a tuple is tested faster than a union
-Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer | wire.LendMany
+Asked = wire.Open | wire.HandedOver | wire.Attach | wire.Lend | wire.Offer | wire.LendMany | wire.Grant | wire.Commit
 
 
 @dataclass(slots=True)

@@ -25,8 +25,10 @@ from penstock.pool.api import PoolError
 log = logging.getLogger(__name__)
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
-PROGRESS_US = 5000  # interval of the progress thread, which would use a whole core at 0
+RAILS_MAX = 8  # devices that one transfer is spread over
+PROGRESS_US = 50_000  # interval at which the progress thread wakes without an event; at 0 it would use a whole core
 
+Operation = Literal["READ", "WRITE"]
 Span = tuple[int, int, int]  # local address, the peer's address, bytes
 _creating = threading.Lock()
 
@@ -34,6 +36,17 @@ _creating = threading.Lock()
 def rdma_devices() -> list[str]:
     """Names of this host's RDMA devices."""
     return sorted(one.name for one in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
+
+
+def numa_node_of(devices: Sequence[str]) -> int | None:
+    """The NUMA node that all of these RDMA devices are on; None where the system does not say, or they differ."""
+    found = set()
+    for device in devices:
+        try:
+            found.add(int((RDMA_DEVICES / device / "device" / "numa_node").read_text()))
+        except (OSError, ValueError):
+            return None
+    return found.pop() if len(found) == 1 and min(found) >= 0 else None
 
 
 def nixl_installed() -> bool:
@@ -52,6 +65,7 @@ class NixlAgent:
             if device not in there:
                 raise ConfigError(f"RDMA device {device} is not here; there are: {', '.join(there) or 'none'}")
         self.transport: Literal["rdma", "shared memory"] = "rdma" if there else "shared memory"
+        self.numa_node = numa_node_of(devices or there)  # where memory that the devices fill lies best
         if not there:  # with the libraries in NIXL's wheel, the process would crash at exit
             os.environ.setdefault("UCX_MODULES", "^ib")
         try:
@@ -101,30 +115,32 @@ class NixlAgent:
         except Exception as error:  # noqa: BLE001 (the peer may have ended already)
             log.info("NIXL: %s was gone already: %s", name, error)
 
-    def begin_read(self, peer: Any, spans: Sequence[Span]) -> NixlRead:
-        """Begin to read parts of a peer's registered memory into registered memory. Raises PoolError("network")."""
+    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
+        """Begin to read parts of a peer's registered memory into registered memory, or to write them from it. Raises
+        PoolError("network")."""
         try:
             with self._lock:
                 agent = self._agent
                 local = agent.get_xfer_descs([(here, size, 0) for here, _, size in spans], "DRAM")
                 remote = agent.get_xfer_descs([(there, size, 0) for _, there, size in spans], "DRAM")
-                handle = agent.initialize_xfer("READ", local, remote, peer, b"")
+                handle = agent.initialize_xfer(operation, local, remote, peer, b"")
                 state = agent.transfer(handle)
         except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
-            raise PoolError("network", f"NIXL could not begin a read: {said(error)}") from None
-        return NixlRead(self._agent, self._lock, handle, state)
+            raise PoolError("network", f"NIXL could not begin a {operation}: {said(error)}") from None
+        return NixlTransfer(self._agent, self._lock, operation, handle, state)
 
 
-class NixlRead:
-    """A read that has begun. Bytes may arrive until `ended` is True or raises; it cannot be stopped before."""
+class NixlTransfer:
+    """A transfer that has begun. Bytes may arrive until `ended` is True or raises; it cannot be stopped before."""
 
-    __slots__ = ("_agent", "_handle", "_lock", "_state")
+    __slots__ = ("_agent", "_handle", "_lock", "_operation", "_state")
 
-    def __init__(self, agent: Any, lock: threading.Lock, handle: Any, state: str) -> None:
-        self._agent, self._lock, self._handle, self._state = agent, lock, handle, state
+    def __init__(self, agent: Any, lock: threading.Lock, operation: Operation, handle: Any, state: str) -> None:
+        self._agent, self._lock, self._operation = agent, lock, operation
+        self._handle, self._state = handle, state
 
     def ended(self) -> bool:
-        """Whether all bytes have arrived. Raises PoolError("network") when the read failed: no more bytes arrive."""
+        """Whether all bytes have arrived. Raises PoolError("network") when the transfer failed: none arrive then."""
         if self._state == "PROC":
             try:
                 with self._lock:
@@ -135,7 +151,7 @@ class NixlRead:
             return False
         self._release()
         if self._state != "DONE":
-            raise PoolError("network", f"a read by NIXL ended as {self._state}")
+            raise PoolError("network", f"a {self._operation} by NIXL ended as {self._state}")
         return True
 
     def _release(self) -> None:
@@ -170,8 +186,11 @@ def _agent(there: Sequence[str], devices: Sequence[str]) -> Any:
             )
         finally:
             bindings.nixlAgent = make
-    # Only with RDMA can UCX report the failure of a peer by itself; shared memory is refused in that mode.
-    options = {"ucx_error_handling_mode": "peer" if there else "none", "engine_config": "TLS=^tcp"}
+    # Only with RDMA can UCX report the failure of a peer by itself; shared memory is refused in that mode. UCX spreads
+    # each transfer over the devices, as many as there may be rails.
+    rails = min(len(devices or there) or 1, RAILS_MAX)
+    config = f"TLS=^tcp,MAX_RMA_RAILS={rails}"
+    options = {"ucx_error_handling_mode": "peer" if there else "none", "engine_config": config}
     if devices:
         options["device_list"] = ",".join(devices)
     made.create_backend("UCX", options)

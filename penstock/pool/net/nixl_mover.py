@@ -85,7 +85,7 @@ class _RemoteAgent:
         if not 0 <= offset <= self._size_bytes - size:
             raise PoolError("layout", f"{size} bytes at {offset}; the peer's memory has {self._size_bytes}")
         deadline_s = time.monotonic() + timeout_s
-        reading = self._agent.begin_read(self._name, [(address_of(into), self._address + offset, size)])
+        reading = self._agent.begin("READ", self._name, [(address_of(into), self._address + offset, size)])
         next_line_s = time.monotonic() + _ABANDON_S
         while not reading.ended():
             time.sleep(_POLL_S)

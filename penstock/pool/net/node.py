@@ -110,7 +110,7 @@ class PoolNode:
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self.place = format_address(*self.address)
         self.pool_lending = PoolLending(pool, one_sided, staging_capacity_bytes) if one_sided is not None else None
-        self._bytes_sent = KindCounts()
+        self._bytes_sent, self._bytes_received = KindCounts(), KindCounts()
         self.rare = RateLimitedLog(log)  # for events that a peer can cause without limit
         self.turns = Turns(QUESTIONS_AT_ONCE)
         self._budget = MessageBudget(self.message_share)
@@ -168,13 +168,21 @@ class PoolNode:
         """Count the bytes of a block that was sent in messages."""
         self._bytes_sent.add(MESSAGES, size_bytes)
 
+    def note_received(self, size_bytes: int) -> None:
+        """Count the bytes of blocks that came in messages and were stored."""
+        self._bytes_received.add(MESSAGES, size_bytes)
+
     def with_ways(self, stat: PoolStat) -> PoolStat:
         """The pool's state with the ways by which this node's blocks travel to clients."""
         lending = self.pool_lending
-        ways = [(MESSAGES, self._bytes_sent.so_far().get(MESSAGES, 0))]
-        if lending is None:
-            return replace(stat, sent_bytes_by=tuple(ways))
-        return replace(stat, sent_bytes_by=(*ways, (ONE_SIDED, lending.lent_bytes)), one_sided=lending.state)
+        sent = [(MESSAGES, self._bytes_sent.so_far().get(MESSAGES, 0))]
+        received = [(MESSAGES, self._bytes_received.so_far().get(MESSAGES, 0))]
+        state = ""
+        if lending is not None:
+            state = lending.state
+            sent.append((ONE_SIDED, lending.lent_bytes))
+            received.append((ONE_SIDED, lending.grants.written_bytes if lending.grants is not None else 0))
+        return replace(stat, sent_bytes_by=tuple(sent), received_bytes_by=tuple(received), one_sided=state)
 
     @property
     def closed(self) -> bool:

@@ -55,7 +55,8 @@ _DRAIN_BYTES = 64 << 10
 _SINGLE_BLOCKS = "this node takes single blocks only"
 _PROBE = bytes(wire.PROBE_BYTES_MAX)
 _OF_BLOCKS = (  # requests that move bytes
-    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer, wire.LendMany,
+    wire.Read, wire.Write, wire.ReadMany, wire.WriteMany, wire.Probe, wire.Lend, wire.Offer, wire.LendMany, wire.Grant,
+    wire.Commit,
 )  # fmt: skip
 _REFUSED_BYTES_MAX = 64 << 10  # a larger payload costs more than its message, also when it is refused
 
@@ -341,7 +342,10 @@ class ClientConnection:
                 self._reply(reply)
                 if refusal:
                     raise wire.ProtocolError(refusal)
-            case wire.Open() | wire.HandedOver() | wire.Attach() | wire.Lend() | wire.Offer() | wire.LendMany():
+            case (
+                wire.Open() | wire.HandedOver() | wire.Attach() | wire.Lend() | wire.Offer() | wire.LendMany()
+                | wire.Grant() | wire.Commit()
+            ):  # fmt: skip
                 detail = "this is a pool node, not the relay of a decode engine"
                 self._reply(wire.Failed(request.id, "layout", detail))
 

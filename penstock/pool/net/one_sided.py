@@ -1,8 +1,10 @@
-"""One-sided reads: one side reads blocks from the other side's memory; messages only say where a block lies.
+"""One-sided reads between engines and relays: one side reads blocks from the other side's memory; messages only say
+where a block lies.
 
-Only reads are one-sided, and the reader verifies the block's checksum, seeded with its key. So memory that was reused
-meanwhile, or a peer that has ended, is only a failed read. No process writes into another's memory; with NIXL, whose
-registrations allow it, a peer that is attached could.
+Here only reads are one-sided, and the reader verifies the block's checksum, seeded with its key. So memory that was
+reused meanwhile, or a peer that has ended, is only a failed read. No engine writes into another's memory; with NIXL,
+whose registrations allow it, a peer that is attached could. Pool nodes are written one-sided too
+(`pool.net.one_sided_writes`).
 """
 
 from __future__ import annotations

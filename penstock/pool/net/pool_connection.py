@@ -17,15 +17,19 @@ from penstock.pool.net import wire
 from penstock.pool.net.node_connection import IN_FLIGHT_MAX, ClientConnection, Moved, not_counted
 from penstock.pool.net.staging import Slot
 from penstock.pool.net.staging_shares import StagingShare
+from penstock.pool.net.store_span import store_whole
 from penstock.pool.node_backend import OpenedBlock
 from penstock.pool.spans import Gather
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.pool.net.node import PoolNode
+    from penstock.pool.net.pool_lending import PoolLending
 
 Request = TypeVar("Request", wire.Write, wire.WriteMany)
 Store = Callable[[Request, "_Staged", Slot, memoryview, float], None]  # with its first bytes, and its deadline
+
+_OneSided = wire.Attach | wire.LendMany | wire.ReturnMany | wire.Grant | wire.Commit
 
 TOGETHER_BYTES = 8 << 20  # of answers that are sent together
 TOGETHER_PARTS = 512  # buffers of them; the system takes 1,024
@@ -139,24 +143,37 @@ class PoolConnection(ClientConnection):
         if not isinstance(request, wire.Read | wire.ReadMany):
             self._send_unsent()
         lending = self._node.pool_lending
-        if lending is None or not isinstance(request, wire.Attach | wire.LendMany | wire.ReturnMany):
+        if lending is None or not isinstance(request, _OneSided):
             super()._answer(request, payload_bytes, ready_s)
-        elif isinstance(request, wire.ReturnMany):
-            lending.returned(self, request.leases)
-        elif isinstance(request, wire.LendMany):
-            self._refused = not lending.lend(self, self._pool, request)
         else:
-            try:
-                self._reply(wire.Attached(request.id, lending.attach()))
-            except PoolError as error:
-                self._reply(wire.Failed(request.id, error.reason, error.detail))
+            self._answer_one_sided(request, lending)
 
-    def lent(self, reply: wire.LentMany) -> None:
-        """Send an answer to a LendMany, from any thread (`pool_lending.Borrower`)."""
+    def _answer_one_sided(self, request: _OneSided, lending: PoolLending) -> None:
+        match request:
+            case wire.ReturnMany(leases):
+                lending.returned(self, leases)
+            case wire.LendMany():
+                self._refused = not lending.lend(self, self._pool, request)
+            case wire.Grant() if lending.grants is not None:
+                granted = lending.grants.grant(self, request)
+                self._reply(granted)
+                self._refused = not granted.lease
+            case wire.Commit() if lending.grants is not None:
+                lending.grants.commit(self, self._pool, request)
+            case wire.Attach():
+                try:
+                    self._reply(wire.Attached(request.id, lending.attach()))
+                except PoolError as error:
+                    self._reply(wire.Failed(request.id, error.reason, error.detail))
+            case wire.Grant() | wire.Commit():
+                self._reply(wire.Failed(request.id, "layout", "this node grants no space"))
+
+    def answer(self, reply: wire.Reply) -> None:
+        """Send an answer from any thread (`pool_lending.Borrower`, `pool_grants.Writer`)."""
         self._later(partial(self._reply, reply))
 
-    def lent_now(self, reply: wire.LentMany) -> None:
-        """As `lent`, on the reading thread. Raises OSError."""
+    def answer_now(self, reply: wire.Reply) -> None:
+        """As `answer`, on the reading thread. Raises OSError."""
         self._reply(reply)
 
     # --- reads ---
@@ -463,6 +480,8 @@ class PoolConnection(ClientConnection):
 
         def stored(error: PoolError | None) -> None:
             staged.end()
+            if error is None:
+                self._node.note_received(request.size_bytes)
             reply = wire.Failed(request.id, error.reason, error.detail) if error else wire.Written(request.id)
             self._later(partial(self._reply, reply))
 
@@ -494,28 +513,17 @@ class PoolConnection(ClientConnection):
                 data[:here], first = first[:here], first[here:]
                 rest.append(data[here:])
         self._receive_all(rest, deadline_s, slot.moved)
-        blocks, checksums = request.new_blocks(), wire.unpack_checksums(request.checksums)
-        whole = [
-            at
-            for at, view in enumerate(views)
-            if block_checksum(blocks[at].key, view[: request.size_bytes]) == checksums[at]
-        ]
-        results: list[PoolError | None] = [None] * len(blocks)
-        for at in set(range(len(blocks))).difference(whole):
-            results[at] = PoolError("checksum", f"block {blocks[at].key.hex()} was damaged in transfer")
-            self._lost("write_checksum", f"block {blocks[at].key.hex()} was damaged in transfer")
 
-        def stored(errors: list[PoolError | None]) -> None:
+        def stored(results: list[PoolError | None]) -> None:
             staged.end()
-            for at, error in zip(whole, errors, strict=True):
-                results[at] = error
+            self._node.note_received(request.size_bytes * results.count(None))
+            for error in results:
+                if error is not None and error.reason == "checksum":
+                    self._lost("write_checksum", error.detail)
             self._later(partial(self._reply, wire.WrittenMany(request.id, *wire.states_of(results))))
 
-        if not whole:
-            stored([])
-            return
-        timeout_s = deadline_s - time.monotonic()
-        self._pool.write_many([blocks[at] for at in whole], [views[at] for at in whole], timeout_s, stored)
+        checksums = wire.unpack_checksums(request.checksums)
+        store_whole(self._pool, request.new_blocks(), views, checksums, deadline_s - time.monotonic(), stored)
 
     def _refuse_write(self, id: int, payload_bytes: int, reason: str, detail: str) -> None:
         self._lost(f"write_{reason}", detail)

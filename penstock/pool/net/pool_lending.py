@@ -6,9 +6,9 @@ staging memory of this module first. How much a client may have lent is bounded 
 the client reads in messages.
 
 The lease only saves waste. The client verifies every block by its checksum, which the key seeds: memory that was used
-again meanwhile is a failed read, as is a restarted node. NIXL's registrations allow writes too, and by a client that
-knows the metadata: therefore `--rdma` is for clients that are trusted with the pool's content (docs: secure
-connections).
+again meanwhile is a failed read, as is a restarted node. NIXL's registrations allow writes too, of all of this memory,
+by a client that knows the metadata: therefore `--rdma` is for clients that are trusted with the pool's content (docs:
+secure connections). Honest ones write only what they were granted (`pool.net.pool_grants`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -30,12 +29,15 @@ from penstock.core.layout import staging_bytes
 from penstock.core.pool.leases import LeaseTable
 from penstock.framing import decode
 from penstock.io.memory import address_of, aligned_buffer
+from penstock.io.numa import bind_memory
 from penstock.io.regions import Regions
 from penstock.pool.api import PoolError
 from penstock.pool.local.extents import ExtentAllocator
 from penstock.pool.losses import note_loss
 from penstock.pool.net import wire
 from penstock.pool.net.nixl_agent import NixlAgent
+from penstock.pool.net.pool_grants import CAPACITY_BYTES_MAX as GRANT_BYTES_MAX
+from penstock.pool.net.pool_grants import PoolGrants
 from penstock.pool.node_backend import NodeBackend, OpenedBlock
 from penstock.process.guarded_thread import GuardedThread
 
@@ -46,7 +48,6 @@ STAGING_BYTES = 128 << 20  # where the node's staging memory has no configured s
 LEASED_BYTES_OF_CLIENT = 256 << 20
 LEASED_SHARE = 0.5  # of the memory members together, so that the rest can be evicted
 LEASES_MAX = 1 << 16
-LEASE_S_MAX = 30.0
 REGISTER_PAUSE_S = 5.0  # between two looks for memory that is not registered
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of <linux/mman.h>; `mmap` does not name it
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,11 +62,12 @@ class Region(msgspec.Struct, array_like=True):
 
 class NodeMemory(msgspec.Struct, array_like=True):
     """What `Attached` of a pool node describes: NIXL's metadata of its agent, its regions, and their `epoch`, which
-    changes with them."""
+    changes with them; `grant_bytes`: the space for writes that one client is granted at the same time (0: none)."""
 
     metadata: wire.Description
     regions: Annotated[list[Region], Meta(max_length=wire.REGIONS_MAX)]
     epoch: wire.Count
+    grant_bytes: wire.Count = 0
 
 
 _descriptions = msgspec.msgpack.Decoder(NodeMemory)
@@ -79,10 +81,10 @@ def decode_node_memory(description: bytes) -> NodeMemory:
 class Borrower(Protocol):
     """A client's connection."""
 
-    def lent(self, reply: wire.LentMany) -> None:
+    def answer(self, reply: wire.LentMany) -> None:
         """Send this answer, from any thread; never waits."""
 
-    def lent_now(self, reply: wire.LentMany) -> None:
+    def answer_now(self, reply: wire.LentMany) -> None:
         """Send this answer at once, on the thread that asks. Raises OSError."""
 
 
@@ -102,20 +104,28 @@ class PoolLending:
         self._epoch = time.time_ns() >> 10  # differs from that of an earlier start of this node
         self._looked_s = float("-inf")
         self._held: dict[int, Callable[[], None]] = {}  # lease -> what frees its memory
+        self._wakes_s = float("inf")  # when the thread wakes that ends leases; mostly their blocks are returned before
         self._closed = False
         self.off: str | None = None
         self.lent_bytes = self.lent_blocks = 0
         self._staging = memoryview(b"")
+        self._grantable = memoryview(b"")
         try:
-            self._staging = aligned_buffer(staging_bytes(staging_capacity_bytes or STAGING_BYTES))
+            capacity_bytes = staging_bytes(staging_capacity_bytes or STAGING_BYTES)
+            self._staging = aligned_buffer(capacity_bytes)
+            self._grantable = aligned_buffer(staging_bytes(min(capacity_bytes // 2, GRANT_BYTES_MAX)))
             self._free = ExtentAllocator(0, len(self._staging))
-            pool.register(self._staging)
+            for memory in (self._staging, self._grantable):
+                if agent.numa_node is not None and (refused := bind_memory(memory, agent.numa_node, strict=False)):
+                    log.info("staging memory is not on the NUMA node of the RDMA devices: %s", refused)
+                pool.register(memory)
             self._register()
         except (OSError, MemoryError, PoolError) as error:
             self._turn_off(f"{error}; allowed: a higher limit of locked memory (ulimit -l, LimitMEMLOCK)")
         members_bytes = sum(map(len, pool.host_buffers()))
         at_most = int(LEASED_SHARE * members_bytes) or len(self._staging)
         self._leases = LeaseTable(LEASED_BYTES_OF_CLIENT, at_most, LEASES_MAX)
+        self.grants = PoolGrants(self._grantable, self._locate) if self.off is None else None
         self._thread = GuardedThread("penstock-leases", self._watch, restarts=True)
         self._thread.start()
 
@@ -150,7 +160,7 @@ class PoolLending:
     def _register(self) -> None:
         """Register memory of the pool that is new, deregister what has left it. Raises PoolError."""
         with self._registering:
-            wanted = {address_of(memory): memory for memory in (*self._pool.host_buffers(), self._staging)}
+            wanted = {address_of(memory): memory for memory in self._memory()}
             gone = [address for address in self._registrations if address not in wanted]
             new = [address for address in wanted if address not in self._registrations]
             for address in gone:
@@ -170,6 +180,17 @@ class PoolLending:
                 self._registrations[address] = memory, handles
             if gone or new:
                 self._describe()
+
+    def _memory(self) -> list[memoryview]:
+        return [*self._pool.host_buffers(), self._staging, self._grantable]
+
+    def _locate(self, address: int, size_bytes: int) -> tuple[int, int, int] | None:
+        """Epoch, region and offset of registered memory; None where it is not all in one region."""
+        with self._lock:
+            region, room_bytes = self._places.find(address)
+            if region < 0 or room_bytes < size_bytes:
+                return None
+            return self._epoch, region, address - self._regions[region].address
 
     def _describe(self) -> None:
         """Make the regions anew from the registrations."""
@@ -210,7 +231,8 @@ class PoolLending:
         if self.off is not None:
             raise PoolError("layout", self.off)
         with self._lock:
-            described = msgspec.msgpack.encode(NodeMemory(self._metadata, self._regions, self._epoch))
+            grant_bytes = self.grants.bytes_of_client_max if self.grants is not None else 0
+            described = msgspec.msgpack.encode(NodeMemory(self._metadata, self._regions, self._epoch, grant_bytes))
         if len(described) > wire.DESCRIPTION_BYTES_MAX:
             raise PoolError("full", f"the memory's description has {len(described)} bytes")
         return described
@@ -218,10 +240,12 @@ class PoolLending:
     # --- leases ---
 
     def lend(self, client: Borrower, pool: NodeBackend, request: wire.LendMany) -> bool:
-        """Lend blocks of `pool`: answered by `client.lent_now` for those in memory, and by `client.lent` later for
+        """Lend blocks of `pool`: answered by `client.answer_now` for those in memory, and by `client.answer` later for
         those that are loaded first. Returns whether any may be lent. Raises OSError."""
+        if request.returned:
+            self.returned(client, request.returned)
         answer = _Answer(client, request.id, len(request.sizes))
-        until_s = time.monotonic() + min(request.timeout_s, LEASE_S_MAX)
+        until_s = time.monotonic() + min(request.timeout_s, wire.LEASE_S_MAX)
         now: list[wire.LentBlock] = []
         loads: list[Callable[[], None]] = []
         for index, size_bytes in enumerate(request.sizes):
@@ -238,7 +262,7 @@ class PoolLending:
                     loads.append(staged)
         try:
             if now:
-                client.lent_now(wire.LentMany(request.id, self._epoch, now, more=answer.less(len(now))))
+                client.answer_now(wire.LentMany(request.id, self._epoch, now, more=answer.less(len(now))))
         finally:
             for load in loads:  # after the answer, as the last one must be sent last
                 load()
@@ -273,7 +297,8 @@ class PoolLending:
                 self.lent_bytes += size_bytes
                 self.lent_blocks += 1
                 offset = address - self._regions[slot].address
-                if self._leases.next_s == until_s:
+                if until_s < self._wakes_s:
+                    self._wakes_s = until_s
                     self._changed.notify()
         if lease is not None:
             return wire.LentBlock(index, lease, slot, offset, opened.checksum, opened.mac)
@@ -309,17 +334,27 @@ class PoolLending:
             opened.release()
             answer.add(block, self._epoch)
 
-        return partial(opened.load, slot, until_s - time.monotonic(), loaded)
+        def load() -> None:
+            try:
+                opened.load(slot, until_s - time.monotonic(), loaded)
+            except Exception as error:  # noqa: BLE001 (of one block; the client's connection goes on)
+                loaded(PoolError("device", f"the node failed: {error!r}"))
+
+        return load
 
     def returned(self, client: Borrower, leases: Sequence[int]) -> None:
-        """A client has read these blocks."""
+        """A client has read these blocks, or writes no more to these grants."""
+        if self.grants is not None:
+            self.grants.returned(client, leases)
         with self._lock:
             ended = [self._held.pop(lease) for lease in self._leases.give_back(client, leases)]
         for free in ended:
             free()
 
     def gone(self, client: Borrower) -> None:
-        """A client's connection has ended: its leases end."""
+        """A client's connection has ended: its leases and grants end."""
+        if self.grants is not None:
+            self.grants.gone(client)
         with self._lock:
             ended = [self._held.pop(lease) for lease in self._leases.leave(client)]
         for free in ended:
@@ -334,6 +369,7 @@ class PoolLending:
                 ended = [self._held.pop(lease) for lease in self._leases.run_out(time.monotonic())]
                 if not ended:
                     next_s = self._leases.next_s
+                    self._wakes_s = float("inf") if next_s is None else next_s
                     self._changed.wait(None if next_s is None else max(0.0, next_s - time.monotonic()))
                     continue
             note_loss("lent_blocks_taken_back", "", "%d lent blocks were not returned in time: taken back", len(ended))
@@ -354,6 +390,8 @@ class PoolLending:
             self._changed.notify_all()
         for free in ended:
             free()
+        if self.grants is not None:
+            self.grants.close(timeout_s)
         self._thread.join(timeout_s)
         self._deregister()
 
@@ -374,7 +412,7 @@ class _Answer:
     def add(self, block: wire.LentBlock, epoch: int) -> None:
         """Send what became of a block that was loaded."""
         with self._lock:
-            self._client.lent(wire.LentMany(self._id, epoch, [block], more=self.less(1)))
+            self._client.answer(wire.LentMany(self._id, epoch, [block], more=self.less(1)))
 
 
 def _populate(memory: memoryview) -> None:

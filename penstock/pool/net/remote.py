@@ -21,10 +21,12 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.losses import note_error
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
+from penstock.pool.net.memory_attachment import MemoryAttachment
 from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
+from penstock.pool.net.one_sided_writes import OneSidedWrites, SpanWrite
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
-from penstock.pool.net.ways import MESSAGES, count_read, note_link
+from penstock.pool.net.ways import MESSAGES, count_read, count_written, note_link
 from penstock.pool.node_backend import BlockOrigin
 from penstock.pool.spans import Gather, PartEnded, read_each, write_each
 from penstock.pool.union.child import BlockEnded
@@ -63,8 +65,10 @@ class RemotePool:
         )
         self.address = self._link.address
         self.place = self._link.place
-        self._one_sided = OneSidedReads(self._link, self._read_in_messages)
-        note_link(self.place, self._one_sided)
+        self._memory = MemoryAttachment(self._link)
+        self._reads = OneSidedReads(self._link, self._memory, self._read_in_messages)
+        self._writes = OneSidedWrites(self._link, self._memory, self._write_in_messages)
+        note_link(self.place, self._memory)
 
     @property
     def up(self) -> bool:
@@ -100,12 +104,13 @@ class RemotePool:
 
     @property
     def one_sided(self) -> str:
-        """How blocks are read one-sided (`rdma`, `shared memory`), or "off: " and why they are not."""
-        return self._one_sided.state
+        """How blocks travel one-sided (`rdma`, `shared memory`), or "off: " and why they do not."""
+        return self._memory.state
 
     def register(self, buffer: memoryview) -> None:
-        """Have blocks read into this memory one-sided, where the node offers it; sockets need no registration."""
-        self._one_sided.register(buffer)
+        """Have blocks read into this memory, and written from it, one-sided where the node offers it; sockets need no
+        registration."""
+        self._memory.register(buffer)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""
@@ -177,7 +182,7 @@ class RemotePool:
             return
         deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
         one = BlockRead(key, size_bytes, into, deadline_s, ended, check)
-        if not self._one_sided.read([one]):
+        if not self._reads.read([one]):
             self._read_in_messages(one)
 
     def _read_in_messages(self, one: BlockRead) -> None:
@@ -234,7 +239,7 @@ class RemotePool:
             check = checks[at] if checks is not None else None
             return BlockRead(keys[at], size_bytes, intos[at], deadline_s, lambda *ended: part([ended[-1]]), check)
 
-        return self._one_sided.read([block(at) for at in range(len(keys))])
+        return self._reads.read([block(at) for at in range(len(keys))])
 
     def _span_read(
         self,
@@ -272,10 +277,6 @@ class RemotePool:
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Send a block; `done` gets None once the node has stored it. A block too large for the node is refused without
         sending it."""
-
-        def ended(_: Any, error: PoolError | None) -> None:
-            call_done(done, error)
-
         error = check_write(block, data)
         if error is None and block.size_bytes > wire.PAYLOAD_BYTES_MAX:
             error = PoolError("layout", f"a block of {block.size_bytes} bytes; {wire.PAYLOAD_BYTES_MAX} are allowed")
@@ -283,11 +284,36 @@ class RemotePool:
         if error is None and 0 < at_most < block.size_bytes:  # the node would refuse it: it is not sent
             error = PoolError("full", f"a block of {block.size_bytes} bytes; this node takes at most {at_most}")
         if error is not None:
-            self._link.refuse(ended, error, "write")
+            self._link.refuse(lambda _, error: call_done(done, error), error, "write")
             return
-        checksum = block_checksum(block.key, data[: block.size_bytes])
-        message = wire.Write.of(self._link.next_id(), block, checksum)
-        self._link.submit("write", message, [data[: block.size_bytes]], timeout_s, ended)
+        self._write_span([block], [data], timeout_s, lambda errors: call_done(done, errors[0]))
+
+    def _write_span(
+        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, ended: PartEnded
+    ) -> None:
+        """Write blocks of one size and tenant, as one span."""
+        datas = [data[: block.size_bytes] for block, data in zip(blocks, datas, strict=True)]
+        checksums = [block_checksum(block.key, data) for block, data in zip(blocks, datas, strict=True)]
+        deadline_s = time.monotonic() + (timeout_s if timeout_s > 0 else 0.0)
+        span = SpanWrite(blocks, datas, checksums, deadline_s, ended)
+        if not self._writes.write(span):
+            self._write_in_messages(span)
+
+    def _write_in_messages(self, span: SpanWrite) -> None:
+        left_s, id, one = span.deadline_s - time.monotonic(), self._link.next_id(), span.blocks[0]
+        if len(span.blocks) == 1:
+            message = wire.Write.of(id, one, span.checksums[0])
+
+            def ended(_: Any, error: PoolError | None) -> None:
+                if error is None:
+                    count_written(MESSAGES, one.size_bytes)
+                span.ended([error])
+
+            self._link.submit("write", message, span.datas, left_s, ended)
+            return
+        many = wire.WriteMany.of(id, span.blocks, span.checksums)
+        end = partial(self._span_written, span.ended, len(span.blocks), one.size_bytes)
+        self._link.submit("write", many, span.datas, left_s, end)
 
     def write_many(
         self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
@@ -301,15 +327,13 @@ class RemotePool:
             return
         gather = Gather(len(blocks), done)
         for some in parts(list(range(len(blocks))), staging_bytes(first.size_bytes), node.span_bytes_max):
-            buffers = [datas[at][: first.size_bytes] for at in some]
-            checksums = [block_checksum(blocks[at].key, data) for at, data in zip(some, buffers, strict=True)]
-            message = wire.WriteMany.of(self._link.next_id(), [blocks[at] for at in some], checksums)
-            end = partial(self._span_written, gather.part(some), len(some))
-            self._link.submit("write", message, buffers, timeout_s, end)
+            self._write_span([blocks[at] for at in some], [datas[at] for at in some], timeout_s, gather.part(some))
 
     def _span_written(
-        self, ended: PartEnded, blocks: int, reply: wire.WrittenMany | None, error: PoolError | None
+        self, ended: PartEnded, blocks: int, size_bytes: int, reply: wire.WrittenMany | None, error: PoolError | None
     ) -> None:
+        if reply is not None:
+            count_written(MESSAGES, size_bytes * reply.states.count(0))
         if reply is None:
             self._span_ended("write", ended, blocks, None, error)
         elif len(reply.states) != blocks:
@@ -351,7 +375,10 @@ class RemotePool:
         """Close all connections to the node, within about `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         self._link.close(timeout_s)
-        self._one_sided.close(max(0.1, deadline_s - time.monotonic()))
+        self._reads.end_waiting()
+        self._writes.end_waiting()
+        self._memory.close(max(0.1, deadline_s - time.monotonic()))
+        self._reads.close(max(0.1, deadline_s - time.monotonic()))
 
     # --- beyond it ---
 

@@ -1,4 +1,5 @@
-"""The ways by which blocks come from pool nodes to this process: in messages, or one-sided; as metrics show them."""
+"""The ways by which blocks travel between pool nodes and this process: in messages, or one-sided; as metrics show
+them."""
 
 from __future__ import annotations
 
@@ -10,17 +11,17 @@ from penstock.process.kind_counts import KindCounts
 
 MESSAGES, ONE_SIDED = "messages", "one-sided"
 
-_read_bytes = KindCounts()
+_read_bytes, _written_bytes = KindCounts(), KindCounts()
 _links: weakref.WeakValueDictionary[str, Way] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
 class Way(Protocol):
-    """The one-sided reads from one node."""
+    """One-sided transfers from and to one node."""
 
     @property
     def state(self) -> str:
-        """How blocks are read one-sided, or "off: " and why they are not."""
+        """How blocks travel one-sided, or "off: " and why they do not."""
 
 
 def count_read(way: str, size_bytes: int) -> None:
@@ -33,14 +34,24 @@ def read_bytes() -> dict[str, int]:
     return {MESSAGES: 0, ONE_SIDED: 0} | _read_bytes.so_far()
 
 
+def count_written(way: str, size_bytes: int) -> None:
+    """Count blocks that were written."""
+    _written_bytes.add(way, size_bytes)
+
+
+def written_bytes() -> dict[str, int]:
+    """Bytes written to pool nodes since the process started, by way."""
+    return {MESSAGES: 0, ONE_SIDED: 0} | _written_bytes.so_far()
+
+
 def note_link(place: str, way: Way) -> None:
-    """The node at this address is read by `way`, as long as that exists."""
+    """The node at this address is reached by `way`, as long as that exists."""
     with _lock:
         _links[place] = way
 
 
 def states() -> dict[str, str]:
-    """For each node that is connected: how its blocks are read one-sided, or why not."""
+    """For each node that is connected: how its blocks travel one-sided, or why not."""
     with _lock:
         found = dict(_links)
     return {place: way.state for place, way in found.items()}

@@ -62,6 +62,7 @@ DESCRIPTION_BYTES_MAX = 256 << 10  # of the description of memory for one-sided 
 LEND_BLOCKS_MAX = 256  # of one LendMany
 REGIONS_MAX = 4096  # registered parts of a node's memory
 SIBLINGS_MAX = 255
+LEASE_S_MAX = 30.0  # of what a node lends or grants, whatever a request's timeout
 ADDRESS_BYTES_MAX = 1 << 50  # offsets in memory for one-sided reads
 
 # Bounded floats refuse NaN too: it satisfies no comparison.
@@ -254,13 +255,14 @@ class Alive(msgspec.Struct, array_like=True, tag=15):
 
 
 class LendMany(msgspec.Struct, array_like=True, tag=18):
-    """Blocks to be read one-sided from a pool node, as many `sizes` as `keys`, which are concatenated. Answered by one
-    or more LentMany, or Failed."""
+    """Blocks to be read one-sided from a pool node, as many `sizes` as `keys`, which are concatenated; `returned` as by
+    ReturnMany. Answered by one or more LentMany, or Failed."""
 
     id: Id
     keys: Annotated[bytes, Meta(max_length=LEND_BLOCKS_MAX * KEY_BYTES)]
     sizes: Annotated[list[BlockBytes], Meta(min_length=1, max_length=LEND_BLOCKS_MAX)]
     timeout_s: Seconds
+    returned: Annotated[list[LeaseId], Meta(max_length=LEND_BLOCKS_MAX)] = []
 
     def __post_init__(self) -> None:
         if len(self.keys) != KEY_BYTES * len(self.sizes):
@@ -268,7 +270,8 @@ class LendMany(msgspec.Struct, array_like=True, tag=18):
 
 
 class ReturnMany(msgspec.Struct, array_like=True, tag=19):
-    """Blocks that a pool node lent were read. No answer. Without this message a lease runs out."""
+    """Blocks that a pool node lent were read, or nothing is written any more to space that it granted. No answer.
+    Without this message a lease runs out."""
 
     leases: Annotated[list[LeaseId], Meta(max_length=LEND_BLOCKS_MAX)]
 
@@ -339,6 +342,29 @@ class WriteMany(msgspec.Struct, array_like=True, tag=17):
         )  # fmt: skip
         size, tenant = self.size_bytes, copy_of(self.tenant) if self.copy else self.tenant
         return [NewBlock(key, parent, size, at, tenant, rebuild_s, mac) for key, parent, at, rebuild_s, mac in named]
+
+
+class Grant(msgspec.Struct, array_like=True, tag=35):
+    """Space for a span of blocks of one size, to be filled one-sided; answered by Granted or Failed."""
+
+    id: Id
+    blocks: Annotated[int, Meta(ge=1, le=SPAN_BLOCKS_MAX)]
+    size_bytes: BlockBytes
+    timeout_s: Seconds
+
+    def __post_init__(self) -> None:
+        if self.blocks * self.size_bytes > SPAN_BYTES_MAX:
+            raise ValueError(f"a span of more than {SPAN_BYTES_MAX} bytes")
+
+
+class Commit(msgspec.Struct, array_like=True, tag=36):
+    """The space of a Granted is filled with the blocks of `span`, each padded to a whole number of pages: store them.
+    The id and the timeout of `span` mean nothing. Answered by WrittenMany, or by Failed where the grant has ended."""
+
+    id: Id
+    lease: LeaseId
+    span: WriteMany
+    timeout_s: Seconds
 
 
 def pack_checksums(checksums: Sequence[int]) -> bytes:
@@ -532,6 +558,18 @@ class LentMany(msgspec.Struct, array_like=True, tag=34):
     more: bool = False
 
 
+class Granted(msgspec.Struct, array_like=True, tag=37):
+    """The space of a Grant begins at `offset` of region `region`; it may be filled as long as `lease` runs: for the
+    timeout of its Grant, LEASE_S_MAX at most. The regions are those of the Attached of this `epoch`. Lease 0: no space
+    is free."""
+
+    id: Id
+    epoch: Count = 0
+    lease: LeaseId = 0
+    region: Annotated[int, Meta(ge=0, lt=REGIONS_MAX)] = 0
+    offset: Offset = 0
+
+
 class Blocks(msgspec.Struct, array_like=True, tag=32):
     """Answer to ReadMany, with a result for each of its `keys`: `states` has 0 for a block that is here, else the
     number of its `PoolError.REASONS`, from 1 on. The payload is the blocks that are here, in order. `checksums`: 8
@@ -556,8 +594,8 @@ class Blocks(msgspec.Struct, array_like=True, tag=32):
 
 
 class WrittenMany(msgspec.Struct, array_like=True, tag=33):
-    """Answer to WriteMany: for each block 0 when it is stored, else the number of its reason, as in Blocks. `detail`:
-    about the first block that is not stored."""
+    """Answer to WriteMany and Commit: for each block 0 when it is stored, else the number of its reason, as in Blocks.
+    `detail`: about the first block that is not stored."""
 
     id: Id
     states: SpanStates
@@ -605,9 +643,11 @@ Request = (
     | WriteMany
     | LendMany
     | ReturnMany
+    | Grant
+    | Commit
 )
 Answer = (  # replies without payload or error
-    Written | WrittenMany | Found | Evicted | Stats | Opened | Accepted | Attached | Lent | LentMany
+    Written | WrittenMany | Found | Evicted | Stats | Opened | Accepted | Attached | Lent | LentMany | Granted
 )
 Reply = Ready | Block | Blocks | Failed | Probed | Answer
 ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
@@ -625,6 +665,8 @@ ANSWERS: dict[type[Request], type[Reply]] = {  # besides Failed
     Lend: Lent,
     Offer: Written,
     LendMany: LentMany,
+    Grant: Granted,
+    Commit: WrittenMany,
 }
 
 _encoder = msgspec.msgpack.Encoder()

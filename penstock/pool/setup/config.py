@@ -129,8 +129,8 @@ class NodeSettings(PeerSettings):
     )
     rdma: bool = setting(
         False,
-        "Let clients read blocks one-sided, by RDMA (needs penstock[nixl]). They can then also write this node's "
-        "memory: for clients that are trusted with it.",
+        "Let clients read and write blocks one-sided, by RDMA (needs penstock[nixl]). They can then overwrite all "
+        "memory of this node's pool: for clients that are trusted with it.",
     )
     rdma_device: tuple[str, ...] = setting((), "An RDMA device to use, such as mlx5_0; may be repeated.", shown="all")
     replicate: float = setting(

@@ -35,7 +35,7 @@ class _Families(Collector):
         stat = self._stat
         yield GaugeMetricFamily("penstock_node_connections", "Open connections", float(self._node.connections))
         usable = float(bool(self._node.one_sided))
-        yield GaugeMetricFamily("penstock_node_one_sided", "1: clients may read blocks one-sided", usable)
+        yield GaugeMetricFamily("penstock_node_one_sided", "1: clients may read and write blocks one-sided", usable)
         lending = self._node.pool_lending
         leased_bytes = float(lending.leased_bytes) if lending is not None else 0.0
         yield GaugeMetricFamily("penstock_node_leased_bytes", "Bytes lent to clients now", leased_bytes)
@@ -57,6 +57,7 @@ class _Families(Collector):
             ("penstock_pool_over_quota_bytes", "tenant", GaugeMetricFamily, stat.over_quota),
             ("penstock_pool_evictions_by_reason", "reason", CounterMetricFamily, stat.evictions_by),
             ("penstock_pool_sent_bytes", "way", CounterMetricFamily, stat.sent_bytes_by),
+            ("penstock_pool_received_bytes", "way", CounterMetricFamily, stat.received_bytes_by),
             ("penstock_pool_losses", "kind", CounterMetricFamily, stat.losses),
             ("penstock_thread_failures", "thread", CounterMetricFamily, stat.thread_failures),
         ):

@@ -209,9 +209,9 @@ def _one_sided(config: PoolConfig) -> NixlAgent | None:
 
     agent = NixlAgent(config.rdma_device)
     if agent.transport != "rdma":
-        log.warning("rdma is asked for, and this host has no RDMA device: only clients of this host read one-sided")
+        log.warning("rdma is asked for, and this host has no RDMA device: only clients of this host use it")
     if config.peer_tls_cert is not None:
-        log.warning("blocks that clients read one-sided are not encrypted: TLS covers messages only")
+        log.warning("blocks that clients read or write one-sided are not encrypted: TLS covers messages only")
     return agent
 
 

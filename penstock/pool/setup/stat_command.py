@@ -97,9 +97,12 @@ def _print(found: PoolStat) -> None:
             f"where another read failed {found.saved_reads}"
         )
     if found.sent_bytes_by:
-        sent = ", ".join(f"{format_bytes(count)} {_WAYS.get(way, 'otherwise')}" for way, count in found.sent_bytes_by)
+        sent, received = (
+            ", ".join(f"{format_bytes(count)} {_WAYS.get(way, 'otherwise')}" for way, count in counts)
+            for counts in (found.sent_bytes_by, found.received_bytes_by)
+        )
         state = printable(found.one_sided, _NAME_CHARACTERS_SHOWN) or "off: the node was started without --rdma"
-        console.print(f"sent {sent}; one-sided reads: {state}")
+        console.print(f"received {received}; sent {sent}; one-sided reads: {state}")
     for what, counts in (("lost", found.losses), ("thread failures", found.thread_failures)):
         if counts:
             named = (f"{printable(name, _NAME_CHARACTERS_SHOWN)} {count}" for name, count in counts)

@@ -23,6 +23,10 @@ WAIT_S = 30.0
 
 def fit_span(cls: type, value: dict[str, Any]) -> dict[str, Any]:
     """The made-up fields of a message, those of a span for as many blocks as it has keys."""
+    if cls is wire.Commit:
+        return value | {"span": fit_span(wire.WriteMany, value["span"])}
+    if cls is wire.Grant:
+        return value | {"size_bytes": min(value["size_bytes"], SPAN_BYTES_MAX // value["blocks"])}
     if cls not in (wire.ReadMany, wire.WriteMany, wire.Blocks):
         return value
     blocks = max(1, len(value["keys"]) // KEY_BYTES)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from typing import Any
 
 import pytest
 
@@ -14,11 +16,12 @@ from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool
-from penstock.pool.net import ways
+from penstock.pool.net import one_sided_writes, ways
 from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.node_backend import NodeBackend
+from tests.pool import helpers
 from tests.pool.helpers import Outcome, block_bytes
 from tests.waiting import wait_until
 
@@ -49,6 +52,50 @@ def attach(client: RemotePool, memory: memoryview) -> None:
     """Have blocks read one-sided into this memory from now on."""
     client.register(memory)
     wait_until(lambda: not client.one_sided.startswith("off"), "the node's memory is attached")
+
+
+def use_registered_memory(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Arena:
+    """Tests of these modules read into registered memory, and write from it, from now on, also the smallest blocks."""
+    monkeypatch.setattr(one_sided_writes, "SPAN_BYTES_MIN", 0)
+    arena = Arena(64 * MIB)
+    for module in (helpers, *modules):
+        if hasattr(module, "aligned_buffer"):
+            monkeypatch.setattr(module, "aligned_buffer", arena.take)
+    return arena
+
+
+BOTH_WAYS = pytest.mark.usefixtures("way")
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test of the pool over the network in both ways, by `usefixtures("way")`. One-sided: nodes of this process
+    that have no pace lend blocks, and every client of theirs has attached before it is used. A test that then reads
+    blocks of nodes, and none of them one-sided, fails."""
+    if request.param == "messages":
+        yield "messages"
+        return
+    arena = use_registered_memory(monkeypatch, request.module)
+    start, connect = PoolNode.__init__, RemotePool.__init__
+
+    @wraps(start)
+    def with_agent(self: PoolNode, *given: Any, **options: Any) -> None:
+        paced = options.get("pace_bytes_per_s") is not None
+        start(self, *given, **({} if paced else {"one_sided": NixlAgent()}) | options)
+
+    @wraps(connect)
+    def attached(self: RemotePool, *given: Any, **options: Any) -> None:
+        connect(self, *given, **options)
+        if self.up and self._link.node.one_sided:
+            attach(self, arena.memory)
+        else:
+            self.register(arena.memory)
+
+    monkeypatch.setattr(PoolNode, "__init__", with_agent)
+    monkeypatch.setattr(RemotePool, "__init__", attached)
+    with counted() as read:
+        yield "one-sided"
+    assert read["one-sided"] or not read["messages"], "nothing was read one-sided"
 
 
 class OneSidedRig:
@@ -82,8 +129,13 @@ class OneSidedRig:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Bytes that are read in the context from pool nodes, by way; known at its end."""
-    before, found = ways.read_bytes(), dict[str, int]()
+def counted(count: Callable[[], dict[str, int]] = ways.read_bytes) -> Iterator[dict[str, int]]:
+    """Bytes that are read in the context from pool nodes (or what else `count` says), by way; known at its end."""
+    before, found = count(), dict[str, int]()
     yield found
-    found.update({way: count - before[way] for way, count in ways.read_bytes().items()})
+    found.update({way: bytes_now - before[way] for way, bytes_now in count().items()})
+
+
+def counted_writes() -> contextlib.AbstractContextManager[dict[str, int]]:
+    """As `counted`, for bytes that are written to pool nodes."""
+    return counted(ways.written_bytes)

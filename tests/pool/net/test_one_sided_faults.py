@@ -17,8 +17,8 @@ from penstock.bench.processes import POOL_READY, ReadyProcess
 from penstock.cli import app
 from penstock.pool.api import PoolError
 from penstock.pool.local.local_pool import LocalPool
-from penstock.pool.net import one_sided_reads, wire
-from penstock.pool.net.nixl_agent import NixlAgent, NixlRead, Span
+from penstock.pool.net import memory_attachment, wire
+from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer, Operation, Span
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.remote import RemotePool
@@ -39,16 +39,16 @@ class Faulty(NixlAgent):
     before: Any = None
     around: Any = None
 
-    def begin_read(self, peer: Any, spans: Sequence[Span]) -> NixlRead:
+    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
         if Faulty.before is not None:
             Faulty.before()
-        found = super().begin_read(peer, spans)
+        found = super().begin(operation, peer, spans)
         return found if Faulty.around is None else Faulty.around(found)
 
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneSidedRig]:
-    monkeypatch.setattr(one_sided_reads, "NixlAgent", Faulty)
+    monkeypatch.setattr(memory_attachment, "NixlAgent", Faulty)
     monkeypatch.setattr(Faulty, "before", None)
     monkeypatch.setattr(Faulty, "around", None)
     with contextlib.ExitStack() as undo:
@@ -112,7 +112,7 @@ def test_memory_that_is_used_again_under_a_read_is_no_hit(rig: OneSidedRig, monk
 class Held:
     """A read of NIXL that ends when the test says so."""
 
-    def __init__(self, inner: NixlRead, release: threading.Event) -> None:
+    def __init__(self, inner: NixlTransfer, release: threading.Event) -> None:
         self._inner, self._release = inner, release
 
     def ended(self) -> bool:
@@ -151,7 +151,7 @@ def test_answers_that_are_wrong_are_read_in_messages(
     _, _, client = start(rig)
 
     def lend(self: PoolLending, borrower: Any, pool: Any, request: wire.LendMany) -> bool:
-        borrower.lent(wire.LentMany(request.id, self._epoch, lies(request)[kind]))
+        borrower.answer(wire.LentMany(request.id, self._epoch, lies(request)[kind]))
         return True
 
     monkeypatch.setattr(PoolLending, "lend", lend)
@@ -236,7 +236,7 @@ def test_what_nixl_reads_of_a_stopped_process_is_the_block(process: ReadyProcess
             stop(process.pid)
             stopped.set()
 
-        agent = client._one_sided  # noqa: SLF001 (the fault is between lending and reading)
+        agent = client._memory  # noqa: SLF001 (the fault is between lending and reading)
         assert agent._agent is not None  # noqa: SLF001
         agent._agent.__class__ = Faulty  # noqa: SLF001
         Faulty.before = staticmethod(stop_node)

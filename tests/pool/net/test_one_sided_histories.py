@@ -37,10 +37,10 @@ class Client:
     def __init__(self) -> None:
         self.answers: list[wire.LentMany] = []
 
-    def lent(self, reply: wire.LentMany) -> None:
+    def answer(self, reply: wire.LentMany) -> None:
         self.answers.append(reply)
 
-    lent_now = lent
+    answer_now = answer
 
 
 class Node:
@@ -114,7 +114,7 @@ class History:
         node, key, block = self.random.choice(self.known)
         region = node.memory.regions[block.region]
         self.into[:] = b"\xee" * SIZE
-        reading = self.reader.begin_read(node.peer, [(address_of(self.into), region.address + block.offset, SIZE)])
+        reading = self.reader.begin("READ", node.peer, [(address_of(self.into), region.address + block.offset, SIZE)])
         while not reading.ended():
             time.sleep(0)
         error = check_of(None, key)(self.into, block.checksum, block.mac)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from penstock.io.memory import aligned_buffer
+from penstock.io.memory import address_of, aligned_buffer
+from penstock.io.numa import numa_nodes
 from penstock.pool.api import PoolError
 from penstock.pool.authenticated import authenticated
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.mac import PoolKey
-from penstock.pool.net import one_sided_reads, pool_lending, wire
+from penstock.pool.net import memory_attachment, nixl_agent, pool_lending, wire
 from penstock.pool.net.connect import open_union
 from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
@@ -126,7 +127,7 @@ def test_a_node_without_rdma_is_read_in_messages_and_says_so(rig: OneSidedRig, t
 def test_a_client_without_nixl_reads_in_messages_and_says_so(
     rig: OneSidedRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_sided_reads, "nixl_installed", lambda: False)
+    monkeypatch.setattr(memory_attachment, "nixl_installed", lambda: False)
     client = RemotePool(*rig.node(pool_of(rig, tmp_path)).address)
     rig.undo.callback(client.close, 5.0)
     client.register(rig.arena.memory)
@@ -150,6 +151,35 @@ def test_a_node_that_may_not_lock_memory_is_read_in_messages_and_says_so(rig: On
     filled(rig, client)
     assert rig.read(client, KEYS) == ["ok"] * len(KEYS)
     assert client.stat(5.0).one_sided.startswith("off: device: Cannot allocate memory; allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "want"), [([0], 0), ([1, 1], 1), ([0, 1], None), ([-1], None), ([None], None), ([], None)]
+)
+def test_devices_say_which_numa_node_they_are_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[int | None], want: int | None
+) -> None:
+    monkeypatch.setattr(nixl_agent, "RDMA_DEVICES", tmp_path)
+    for number, node in enumerate(nodes):
+        (tmp_path / f"mlx5_{number}" / "device").mkdir(parents=True)
+        if node is not None:
+            (tmp_path / f"mlx5_{number}" / "device" / "numa_node").write_text(f"{node}\n")
+    assert nixl_agent.numa_node_of(nixl_agent.rdma_devices()) == want
+
+
+def test_staging_memory_lies_on_the_numa_node_of_the_devices(rig: OneSidedRig, tmp_path: Path) -> None:
+    agent = NixlAgent()
+    agent.numa_node = numa_nodes()[0]
+    node = rig.node(pool_of(rig, tmp_path), agent=agent)
+    assert node.pool_lending is not None
+    for memory in (node.pool_lending._staging, node.pool_lending._grantable):  # noqa: SLF001 (the kernel is asked)
+        assert policy_of(address_of(memory)) in (f"prefer:{agent.numa_node}", f"prefer=relative:{agent.numa_node}")
+
+
+def policy_of(address: int) -> str:
+    """What the kernel says of the mapping that has this address."""
+    maps = [line.split() for line in Path("/proc/self/numa_maps").read_text().splitlines()]
+    return max((fields for fields in maps if int(fields[0], 16) <= address), key=lambda fields: int(fields[0], 16))[1]
 
 
 def test_only_a_client_that_proves_the_secret_attaches(rig: OneSidedRig, tmp_path: Path) -> None:

@@ -30,9 +30,8 @@ from penstock.pool.net.node import PoolNode
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
 from penstock.units import parse_address
-from tests.pool import helpers
 from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
-from tests.pool.net.one_sided_rig import WAYS, Arena, attach
+from tests.pool.net.one_sided_rig import WAYS, Arena, attach, use_registered_memory
 from tests.waiting import read_until_ended
 
 MIB = 1 << 20
@@ -74,11 +73,8 @@ class Setup:
 
 @pytest.fixture(params=WAYS)
 def setup(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
-    arena = Arena() if request.param == "one-sided" else None
-    if arena is not None:
-        for module in (helpers, sys.modules[__name__]):
-            monkeypatch.setattr(module, "aligned_buffer", arena.take)
-    setup = Setup(tmp_path, arena)
+    one_sided = request.param == "one-sided"
+    setup = Setup(tmp_path, use_registered_memory(monkeypatch, sys.modules[__name__]) if one_sided else None)
     yield setup
     setup.close()
 
@@ -546,6 +542,7 @@ def test_random_operations_of_two_clients_against_dictionaries(setup: Setup) -> 
     pool.check_integrity()
 
 
+@IN_MESSAGES
 def test_a_write_that_finds_no_staging_memory_ends_in_time(setup: Setup) -> None:
     """A write that the node cannot take in time ends as an error, and reads go on on their own connection."""
     pool = setup.local(slab=8 * MIB)

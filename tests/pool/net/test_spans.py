@@ -30,6 +30,7 @@ from penstock.pool.union.union_pool import UnionPool
 from tests.authorities import new_authority
 from tests.pool.helpers import WAIT_S, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 from tests.pool.net.node_rig import MIB, NodeRig
+from tests.pool.net.one_sided_rig import BOTH_WAYS
 
 KIB = 1 << 10
 
@@ -96,6 +97,7 @@ def test_a_span_travels_in_one_message_each_way(
     assert read(client, keys[7], size_bytes) == "ok"  # and one on its own
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("slab", [0, 16 * MIB])
 def test_every_block_has_a_result_of_its_own(rig: NodeRig, slab: int) -> None:
     client = rig.client(rig.node(rig.pool(0 if slab else 8 * MIB, slab)))
@@ -109,6 +111,7 @@ def test_every_block_has_a_result_of_its_own(rig: NodeRig, slab: int) -> None:
     assert read_span(client, [key_of("nowhere"), key_of("either")]) == ["missing", "missing"]
 
 
+@BOTH_WAYS
 def test_a_damaged_block_fails_alone_and_is_reported(rig: NodeRig) -> None:
     pool = rig.pool()
     client = rig.client(rig.node(pool))
@@ -175,6 +178,7 @@ def test_a_span_announced_with_another_payload_ends_the_connection(rig: NodeRig)
     by_hand.until_ended()
 
 
+@BOTH_WAYS
 def test_macs_are_verified_block_by_block(rig: NodeRig) -> None:
     node = rig.node()
     own, other = PoolKey(b"a" * 32), PoolKey(b"b" * 32)
@@ -190,6 +194,7 @@ def test_macs_are_verified_block_by_block(rig: NodeRig) -> None:
     assert read_span(client, keys) == ["ok"] * 4
 
 
+@BOTH_WAYS
 def test_a_span_over_tls(rig: NodeRig, tmp_path: Path) -> None:
     files = new_authority(tmp_path / "ca").issue()
     node = rig.node(tls=files.tls)
@@ -207,6 +212,7 @@ def test_a_paced_node_sends_spans_at_its_pace(rig: NodeRig) -> None:
     assert read_span(client, [key for key, _ in pairs], 64 * KIB) == ["ok"] * 60
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("slab", [0, 16 * MIB])
 def test_a_node_in_front_of_nodes_answers_spans_from_all(rig: NodeRig, slab: int) -> None:
     behind = rig.node(rig.pool(0 if slab else 8 * MIB, slab))
@@ -243,6 +249,7 @@ def test_a_union_reads_and_writes_spans_of_several_nodes(rig: NodeRig, messages:
     assert [type(one).__name__ for one in messages] == ["ReadMany", "ReadMany"]
 
 
+@BOTH_WAYS
 def test_blocks_that_a_node_has_no_room_for_go_to_the_next(rig: NodeRig) -> None:
     small, large = rig.pool(64 * KIB), rig.pool()
     for key, parent in chain("fill", 16):
@@ -266,6 +273,7 @@ def test_a_deadline_ends_a_whole_span(rig: NodeRig, caplog: pytest.LogCaptureFix
     until(lambda: client.up)
 
 
+@BOTH_WAYS
 def test_a_load_that_raises_fails_its_block_only(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     node = rig.node(rig.pool(0, 16 * MIB))
     client = rig.client(node)

@@ -32,6 +32,7 @@ from penstock.vllm.shape import open_pool_of
 from tests.authorities import Authority, new_authority
 from tests.pool.helpers import chain, key_of, read, until, write
 from tests.pool.net.node_rig import MIB, WAIT_S, NodeRig
+from tests.pool.net.one_sided_rig import BOTH_WAYS
 from tests.pool.setup.test_pool_live import COMMAND, MEMORY, Node
 from tests.waiting import read_until_ended
 
@@ -61,6 +62,7 @@ def client_of(rig: NodeRig, node: PoolNode, connections: int = 1, **proof: PeerT
     return client
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("secret", [None, SECRET])
 def test_blocks_come_back_as_they_were(rig: NodeRig, peer: PeerFiles, secret: Secret | None) -> None:
     node = rig.node(rig.pool(memory=32 * MIB), tls=peer.tls, secret=secret)
@@ -78,6 +80,7 @@ def test_blocks_come_back_as_they_were(rig: NodeRig, peer: PeerFiles, secret: Se
     assert client.stat(WAIT_S).members[0].blocks == 0
 
 
+@BOTH_WAYS
 def test_many_threads_share_the_lanes(rig: NodeRig, peer: PeerFiles) -> None:
     node = rig.node(rig.pool(memory=64 * MIB), tls=peer.tls)
     client = client_of(rig, node, connections=2, tls=peer.tls)
@@ -102,6 +105,7 @@ def test_many_threads_share_the_lanes(rig: NodeRig, peer: PeerFiles) -> None:
     assert not failures
 
 
+@BOTH_WAYS
 def test_a_node_of_several_members_asks_others_over_tls(rig: NodeRig, peer: PeerFiles) -> None:
     far = rig.node(tls=peer.tls)
     union = open_union(None, [f"127.0.0.1:{far.address[1]}"], for_node=True, tls=peer.tls)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX
 from penstock.pool.api import PoolError
 from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
@@ -100,6 +101,14 @@ BAD_REQUESTS: list[wire.Request] = [
     *(wire.Attach(1, b"c", "kind", b"", bad) for bad in BAD_SECONDS),
     *(wire.Lend(1, KEY, 4096, bad) for bad in BAD_SECONDS),
     *(wire.LendMany(1, KEY, [4096], bad) for bad in BAD_SECONDS),
+    wire.LendMany(1, KEY, [4096], 1.0, [-1]),
+    wire.LendMany(1, KEY, [4096], 1.0, [1] * (wire.LEND_BLOCKS_MAX + 1)),
+    *(wire.Grant(1, 1, 4096, bad) for bad in BAD_SECONDS),
+    *(changed(wire.Grant(1, 1, 4096, 1.0), blocks=bad) for bad in (-1, 0, SPAN_BLOCKS_MAX + 1)),
+    changed(wire.Grant(1, 2, 4096, 1.0), size_bytes=SPAN_BYTES_MAX // 2 + 1),
+    *(wire.Commit(1, 1, a_span(), bad) for bad in BAD_SECONDS),
+    wire.Commit(1, -1, a_span(), 1.0),
+    wire.Commit(1, 1, changed(a_span(), checksums=bytes(8)), 1.0),
     *(wire.Lend(1, bad, 4096, 1.0) for bad in BAD_KEYS),
     *(wire.Offer(1, b"c", KEY, 4096, 0, 0, bad) for bad in BAD_SECONDS),
     wire.Offer(1, b"c", KEY, 4096, 0, -1, 1.0),
@@ -130,6 +139,10 @@ BAD_REPLIES: list[wire.Reply] = [
     wire.Evicted(1, -1),
     wire.Lent(1, 0, -1),
     wire.LentMany(1, -1, []),
+    wire.Granted(1, -1),
+    wire.Granted(1, 0, -1),
+    wire.Granted(1, 0, 1, wire.REGIONS_MAX),
+    wire.Granted(1, 0, 1, 0, -1),
     wire.LentMany(1, 0, [wire.LentBlock(wire.LEND_BLOCKS_MAX)]),
     wire.LentMany(1, 0, [wire.LentBlock(0, 1, wire.REGIONS_MAX)]),
     wire.LentMany(1, 0, [wire.LentBlock(0, 1, 0, -1)]),

@@ -25,6 +25,7 @@ from penstock.pool.setup.open import open_local_pool
 from penstock.pool.union.locations import Locations
 from penstock.pool.union.union_pool import UnionPool
 from tests.pool.helpers import Outcome, block_bytes, chain, key_of, new_block, read, staged, until, write
+from tests.pool.net.one_sided_rig import BOTH_WAYS
 
 MIB = 1 << 20
 GB_PER_S = 1e9
@@ -92,6 +93,7 @@ def holders(pool: UnionPool, keys: Sequence[bytes]) -> list[str | None]:
     return [hit.route[0] if hit else None for hit in pool.lookup(keys, 5.0)]
 
 
+@BOTH_WAYS
 def test_blocks_are_spread_by_weight_over_children_and_their_members(hosts: Hosts) -> None:
     one, two = hosts.node(hosts.local(MIB, MIB)), hosts.node(hosts.local(MIB))
     union = hosts.union(hosts.local(MIB), [one, two], [1 * GB_PER_S, 2 * GB_PER_S, 3 * GB_PER_S])
@@ -106,6 +108,7 @@ def test_blocks_are_spread_by_weight_over_children_and_their_members(hosts: Host
     assert sum(union.weights.values()) == pytest.approx(1.0)
 
 
+@BOTH_WAYS
 def test_routes_leases_stat_and_evict(hosts: Hosts) -> None:
     node = hosts.node(hosts.local(MIB))
     union = hosts.union(hosts.local(MIB), [node], [GB_PER_S, GB_PER_S])
@@ -243,6 +246,7 @@ def test_what_makes_no_pool_is_refused(hosts: Hosts) -> None:
         open_union(hosts.local(MIB), [place(node)], [1.0])
 
 
+@BOTH_WAYS
 def test_a_node_that_goes_costs_its_blocks_and_is_used_again_when_it_is_back(hosts: Hosts) -> None:
     stays, pool = hosts.node(hosts.local(MIB)), hosts.local(MIB)
     goes = PoolNode(pool, "127.0.0.1", 0)
@@ -368,6 +372,7 @@ def node_of(hosts: Hosts, local: LocalPool | None, others: Sequence[str], port: 
     return hosts.node(open_union(local, others, connect_timeout_s=2.0, for_node=True), port)
 
 
+@BOTH_WAYS
 def test_a_node_serves_the_members_of_another_one(hosts: Hosts, tmp_path: Path) -> None:
     far_pool = hosts.local(slab=4 * MIB)
     far = hosts.node(far_pool)
@@ -399,6 +404,7 @@ def test_a_node_serves_the_members_of_another_one(hosts: Hosts, tmp_path: Path) 
     assert read(client, on_far[1], 5000) == "missing"
 
 
+@BOTH_WAYS
 def test_the_checksum_of_a_block_read_through_a_node_is_the_one_it_was_stored_with(hosts: Hosts) -> None:
     far = hosts.node(hosts.local(MIB))
     union = open_union(None, [place(far)], for_node=True)
@@ -439,6 +445,7 @@ def test_a_slow_node_does_not_hold_up_what_the_node_before_it_has_itself(hosts: 
     assert sum(outcome.pending() for outcome in slow) >= 10
 
 
+@BOTH_WAYS
 def test_nodes_that_name_each_other_are_one_pool_and_no_request_goes_round(hosts: Hosts) -> None:
     ports = [closed_port(), closed_port()]
     one = node_of(hosts, hosts.local(MIB), [f"127.0.0.1:{ports[1]}"], ports[0])
@@ -498,6 +505,7 @@ def test_locations_are_bounded_and_know_each_childs_nearest_ancestor() -> None:
     assert locations.find(keys[5]) is None
 
 
+@BOTH_WAYS
 def test_random_operations_while_a_node_comes_and_goes(hosts: Hosts) -> None:
     stays, pool = hosts.node(hosts.local(40 * 4096)), hosts.local(40 * 4096)
     goes = PoolNode(pool, "127.0.0.1", 0)
