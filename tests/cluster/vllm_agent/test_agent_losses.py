@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import threading
@@ -109,7 +110,6 @@ def stream() -> Iterator[str]:
         one.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_requests_end_with_the_thread_that_sends_them(stream: str) -> None:
     """Those under way, and those that come later; the agent is told why."""
     http = VllmHttp(stream)
@@ -117,7 +117,7 @@ def test_requests_end_with_the_thread_that_sends_them(stream: str) -> None:
     ended: dict[str, StreamFailed | None] = {}
 
     def end_the_thread(piece: Piece) -> None:
-        raise SystemExit
+        asyncio.get_running_loop().stop()
 
     http.begin("one", "/", {}, pieces.append, lambda failed: ended.update(one=failed))
     wait_until(lambda: len(pieces) == 1, "an answer is under way", WAIT_S)
