@@ -20,6 +20,9 @@ import pytest
 
 from tests.serving import serves
 
+# Once any Ray has written a token into the home folder, `ray start` asks for it, and `ray.init` does not send it.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
 # Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores can start
 # only one cluster of processes within its deadline.
 TOGETHER = {

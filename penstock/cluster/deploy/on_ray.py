@@ -111,7 +111,9 @@ class RaySupervisor:
                     ray.init(address=address, log_to_driver=False, configure_logging=False)
         except Exception as error:  # noqa: BLE001 (Ray raises exceptions of many types here)
             why = " ".join(str(error).split())[:300]
-            raise ConfigError(f"no Ray cluster at {address!r}: {why}") from None
+            raise ConfigError(
+                f"no Ray cluster at {address!r}: {why} (where it asks for a token, set RAY_AUTH_MODE=token)"
+            ) from None
         self.known = {spec.name: _Known(spec) for spec in processes}
         self.stopping = threading.Event()
         self._on_line = on_line
