@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
+from penstock.command_line import refuse
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
@@ -126,8 +127,7 @@ def demo(
             sizes = _sizes(bed, workload)
             check = _load_check(bed, workload, runs["penstock"])
     except SystemFailed as error:
-        console.print(f"python -m benchmarks demo: {error}", markup=False)
-        raise typer.Exit(1) from None
+        refuse("python -m benchmarks demo", error, status=1)
     check.add_to(report)
     _finish(report, runs, sizes, pace, out, console)
     if report.figures["failed_requests"]:

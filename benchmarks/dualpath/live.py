@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from penstock.command_line import refuse
 from penstock.pool.api import PoolError
 from penstock.report import Report
 from penstock.workloads.progress import Progress, progress_bar
@@ -89,8 +90,7 @@ def dualpath(
             else:
                 _measure(report, Path(folder), scale, parts, workloads, traces, repeats, quick, progress)
     except (OSError, ValueError, RuntimeError, PoolError, ProcessFailed, NamespaceError) as error:
-        console.print(f"bench dualpath: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        refuse("python -m benchmarks dualpath", error, status=1)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     report.print(console)

@@ -18,7 +18,7 @@ from benchmarks.peers.paced_link import measure_link
 from benchmarks.peers.systems import LMCACHE, SYSTEMS, Bed, lmcache_missing, probe
 from benchmarks.peers.vllm_report import conclude, draw, print_runs, write_requests
 from penstock.bench.system_under_test import SystemFailed
-from penstock.command_line import PlotFile
+from penstock.command_line import PlotFile, refuse
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.load_check import idle_links, refuse_empty
@@ -121,8 +121,7 @@ def vllm(
         _describe(report, bed, plan, geometry, link)
         conclude(report, plan, found)
     except (SystemFailed, TraceError, ValueError, OSError) as error:
-        console.print(f"python -m benchmarks vllm: {error}", markup=False)
-        raise typer.Exit(1) from None
+        refuse("python -m benchmarks vllm", error, status=1)
     print_runs(Console(), plan, found)
     report.print(Console())
     if json is not None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from penstock.command_line import refuse
 from penstock.pool.api import PoolError
 from penstock.report import Report
 from penstock.workloads.progress import steps_shown
@@ -51,8 +52,7 @@ def pool(
             runs: list[RecordedRun] = []
             _measure(report, folder, parts, models, contexts, quick, time_factor, step, runs)
     except (OSError, ValueError, RuntimeError, PoolError) as error:
-        console.print(f"bench pool: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        refuse("python -m benchmarks pool", error, status=1)
     report.print(console)
     if json is not None:
         report.write_json(json)

@@ -26,7 +26,7 @@ from penstock.bench.io_loads import (
     run_engine,
     run_fio,
 )
-from penstock.command_line import PlotFile
+from penstock.command_line import PlotFile, refuse
 from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine
 from penstock.report import Report
 from penstock.workloads.plots import bar_chart
@@ -67,8 +67,7 @@ def io(
         if plot is not None:
             draw(plot, report)
     except (OSError, ValueError) as error:
-        console.print(f"bench io: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        refuse("penstock bench io", error, status=1)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from penstock.command_line import refuse
 from penstock.pool.api import PoolError
 from penstock.report import Report
 from penstock.workloads.progress import steps_shown
@@ -32,8 +33,7 @@ def pool(
             measure_cpu(report, folder, repeats or 5, run_s or 0.5, slab_bytes, step)
             measure_sum(report, folder, repeats or 7, run_s or 1.0, slab_bytes, step)
     except (OSError, ValueError, RuntimeError, PoolError) as error:
-        console.print(f"penstock bench pool: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        refuse("penstock bench pool", error, status=1)
     if quick:
         report.notes.append(
             "--quick: one short repeat of each; it checks that everything runs; the figures mean nothing"

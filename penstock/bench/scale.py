@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from penstock.bench.processes import ProcessFailed
-from penstock.command_line import PlotFile
+from penstock.command_line import PlotFile, refuse
 from penstock.pool.api import PoolError
 from penstock.report import Report
 from penstock.workloads.plots import SERIES_COLOURS, new_figure, save_figure, tidy
@@ -63,8 +63,7 @@ def scale(
                 measure_router(report, count <= QUICK_BLOCKS, step)
                 measure_fronts(report, count <= QUICK_BLOCKS, step)
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
-        console.print(f"penstock bench scale: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        refuse("penstock bench scale", error, status=1)
     if rounds is None:
         report.notes += NOTES
     if quick:

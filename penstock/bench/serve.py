@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from penstock.bench.system_under_test import Bed, Calibration, Run, System, SystemFailed, calibrate, run_system
 from penstock.bench.turns import PAUSE_S, run_in_turns, slices
-from penstock.command_line import can_plot
+from penstock.command_line import can_plot, refuse
 from penstock.report import Report
 from penstock.units import parse_rate
 from penstock.workloads.deadlines import RequestName, deadlines_s, reusable_tokens, with_multipliers
@@ -200,8 +200,7 @@ def serve(
     try:
         first = options.read(REQUESTS_MAX)
     except TraceError as error:
-        console.print(f"penstock bench serve: {error}", markup=False)
-        raise typer.Exit(2) from None
+        refuse("penstock bench serve", error)
     try:
         with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
             with console.status("building a small Llama with random weights"):
@@ -215,8 +214,7 @@ def serve(
             _add_ratios(report, runs, groups)
             check.add_to(report)
     except SystemFailed as error:
-        console.print(f"penstock bench serve: {error}", markup=False)
-        raise typer.Exit(1) from None
+        refuse("penstock bench serve", error, status=1)
     _write(report, plan, runs, json, plot, console)
     if report.figures["failed_requests"] or report.figures["outputs_equal"] < 1:
         errors = {record.error for run in runs for record in run.records if record.error}

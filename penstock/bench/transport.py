@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
 from penstock.bench.transport_one_sided import conclude_one_sided, cpu_s, measure_one_sided
-from penstock.command_line import PlotFile
+from penstock.command_line import PlotFile, refuse
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
@@ -112,8 +112,7 @@ def transport(
             results = _measure(console, loads, repeats, run_mib << 20, proofs)
         one_sided = measure_one_sided(repeats, run_mib << 20) if nixl_installed() else None
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
-        console.print(f"[red]bench transport: {error}[/red]")
-        raise typer.Exit(1) from error
+        refuse("penstock bench transport", error, status=1)
     _conclude(report, results, loads, pool_key)
     for who in ("tcp", "secret", "tls") if tls else ():
         _add_costs(report, results, loads, who)

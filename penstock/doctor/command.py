@@ -70,8 +70,7 @@ def _report(title: str, findings: list[Check], json: Path | None, strict: bool) 
             json.parent.mkdir(parents=True, exist_ok=True)
             json.write_text(json_format.dumps(record, indent=1) + "\n")
         except OSError as error:
-            console.print(f"cannot write {_plain(str(json))}: {error.strerror}")
-            raise typer.Exit(2) from error
+            refuse("penstock doctor", f"cannot write {json}: {error.strerror}")
     if not usable:
         raise typer.Exit(1)
 

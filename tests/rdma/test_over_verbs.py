@@ -78,6 +78,7 @@ def test_one_node_over_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         # A killed node is an error; the next start of it is attached anew.
         os.kill(first.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # until then a block may still come
         assert set(reader.reads(KEYS, timeout_s=10.0)) <= {"network", "deadline"}
         with ReadyProcess([*NODE, first.address], POOL_READY, ready_s=READY_S):
             wait_until(lambda: reader.pool.up, "connected again", WAIT_S)
