@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -19,13 +17,11 @@ from penstock.process.child_python import child_environment
 from penstock.process.die_with_parent import die_with_parent
 from penstock.process.guarded_thread import GuardedThread
 from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.process.restarted import POLL_S, RestartedProcess
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
-POLL_S = 0.05
-PAUSES_S = (0.5, 30.0)  # before a dead process is restarted, doubling
-STEADY_S = 30.0  # after so long without an end, pauses start from the shortest again
 LINES_KEPT = 40
 LINE_CHARACTERS_MAX = 65_536  # a longer line is split
 
@@ -34,7 +30,7 @@ class StartFailed(RuntimeError):
     """A process did not become ready; the message has its last output line."""
 
 
-class SupervisedProcess:
+class SupervisedProcess(RestartedProcess):
     """One process, and its last output lines. Starts and restarts happen on the caller's thread: the process gets
     `death_signal` when that thread ends."""
 
@@ -43,18 +39,12 @@ class SupervisedProcess:
     def __init__(self, name: str, ready: str, on_line: Callable[[str, str], None]) -> None:
         """The process is ready once it prints a line that matches `ready`, whose groups are its addresses.
         `on_line(name, line)` is called with each output line, on other threads."""
-        self.name = name
-        self.restarts = 0
+        super().__init__(name)
         self.addresses: tuple[str, ...] = ()
         self.ready = threading.Event()
-        self.pid = 0
         self._ready = ready
         self._on_line = on_line
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
-        self._process: subprocess.Popen[str] | None = None
-        self._started_s = 0.0
-        self._pause_s = PAUSES_S[0]
-        self._again_s: float | None = None  # when it is to be started again
 
     def words(self) -> Sequence[str]:
         """The command to start the process with, now."""
@@ -64,8 +54,7 @@ class SupervisedProcess:
         """Files that the process is to inherit; asked for before each start."""
         return ()
 
-    def begin(self) -> None:
-        """Start the process. Raises OSError."""
+    def _spawn(self) -> subprocess.Popen[str]:
         self.ready.clear()
         process = subprocess.Popen(
             list(self.words()),
@@ -79,20 +68,15 @@ class SupervisedProcess:
             pass_fds=tuple(self.handles()),
             env=child_environment(),
         )
-        self._process, self.pid = process, process.pid
-        self._again_s = None
-        self._started_s = time.monotonic()
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             GuardedThread(f"output-{self.name}", partial(self._read, stream), kind="output", restarts=True).start()
+        return process
 
-    def begin_or_pause(self) -> None:
-        """As `begin`, but `watch` tries again where it raises OSError."""
-        try:
-            self.begin()
-        except OSError as error:
-            self._lines.append(f"cannot be started: {error}")
-            self._pause(time.monotonic(), self._lines[-1])
+    def _pause(self, now: float, why: str) -> None:
+        if self._process is None:  # it never started: what is said of it is all there is
+            self._lines.append(why)
+        super()._pause(now, why)
 
     def _read(self, stream: IO[str]) -> None:
         """Read until the process closes the stream: a process whose output is not read would block."""
@@ -110,11 +94,6 @@ class SupervisedProcess:
             self._on_line(self.name, line)
         except Exception as error:  # noqa: BLE001 (the output is lost; the process goes on)
             rare.warning("output", "a line of %s could not be printed: %r", self.name, error)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process was started and has not ended."""
-        return self._process is not None and self._process.poll() is None
 
     @property
     def last_line(self) -> str:
@@ -144,44 +123,3 @@ class SupervisedProcess:
                 raise StartFailed(f"{self.name} {why}")
             if time.monotonic() > end_s:
                 raise StartFailed(f"{self.name} was not ready within {timeout_s:g} s")
-
-    def watch(self, now: float) -> None:
-        """Restart a dead process, after a pause."""
-        process = self._process
-        if (process is None and self._again_s is None) or (process is not None and process.poll() is None):
-            return
-        if self._again_s is None:
-            assert process is not None
-            self._pause_s = PAUSES_S[0] if now - self._started_s > STEADY_S else self._pause_s
-            self._pause(now, f"ended with status {process.returncode}")
-        elif now >= self._again_s:
-            try:
-                self.begin()
-            except OSError as error:  # no memory, or too many processes, at present
-                self._pause(now, f"cannot be started: {error}")
-            else:
-                self.restarts += 1
-
-    def _pause(self, now: float, why: str) -> None:
-        self._again_s = now + self._pause_s
-        self._say(f"{why}; again in {self._pause_s:g} s")
-        self._pause_s = min(2 * self._pause_s, PAUSES_S[1])
-
-    def terminate(self) -> None:
-        """Send SIGTERM if it runs; does not wait."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-
-    def stop(self, timeout_s: float) -> None:
-        """Send SIGTERM, then SIGKILL to the whole process group."""
-        process, self._again_s = self._process, None
-        if process is None:
-            return
-        self.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, timeout_s))
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5.0)
-        self._process = None

@@ -141,6 +141,25 @@ def test_flags_are_penstocks(values: Manifest) -> None:
             assert ours and set(ours) <= known | (passed_on if command == "vllm" else set())
 
 
+def test_each_process_of_a_pool_node_has_its_ports() -> None:
+    pool = {"processes": 3, "port": 7070, "metricsPort": 9464, "hostNetwork": False}
+    manifests = rendered({"pool": pool, "podMonitor": {"enabled": True}})
+    for one in manifests:
+        validate(one)
+    (node,) = (one["spec"]["containers"][0] for one in pods(of_kind(manifests, "DaemonSet")))
+    assert node["args"][node["args"].index("--processes") + 1] == "3"
+    ports = {one["name"]: one["containerPort"] for one in node["ports"]}
+    pools = {"pool": 7070, "pool-1": 7071, "pool-2": 7072}
+    metrics = {"metrics": 9464, "metrics-1": 9465, "metrics-2": 9466}
+    assert ports == pools | metrics
+    (service,) = (one for one in of_kind(manifests, "Service") if one["metadata"]["name"] == "kv-pool")
+    assert {one["targetPort"]: one["port"] for one in service["spec"]["ports"]} == pools
+    (policy,) = of_kind(manifests, "NetworkPolicy")
+    assert {one["port"] for one in policy["spec"]["ingress"][1]["ports"]} == {"api", *metrics}
+    (monitor,) = of_kind(manifests, "PodMonitor")
+    assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} == {"api", *metrics}
+
+
 def test_a_router_without_engines_is_reached_and_not_restarted() -> None:
     """Its /health says 503 until an engine has registered."""
     manifests = rendered(values_of("laptop"))
@@ -170,6 +189,10 @@ def test_a_group_of_several_hosts_is_vllms_alone() -> None:
         ({"engines": [{"name": "x", "kind": "penstock", "role": "both"}]}, "role is both; allowed: prefill, decode"),
         ({"router": {"enabled": False}, "engines": [{"name": "x", "kind": "penstock", "role": "mixed"}]},
          "router.enabled is false"),
+        ({"pool": {"processes": "numa"}}, "pool.processes is numa; allowed: a number"),
+        ({"pool": {"processes": 0}}, "pool.processes is 0; allowed: a number"),
+        ({"pool": {"args": ["--processes", "2"]}}, "pool.args has --processes; allowed: pool.processes"),
+        ({"pool": {"processes": 3, "port": 7070, "metricsPort": 7072}}, "allowed: 3 ports in a row for each"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(values: Manifest, said: str) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from penstock.cluster.deploy.cluster_config import READY, Kind, ProcessSpec
 from penstock.process.child_python import python_command
 from penstock.process.rate_limited_log import RateLimitedLog
-from penstock.process.supervised import POLL_S, StartFailed, SupervisedProcess
+from penstock.process.restarted import POLL_S
+from penstock.process.supervised import StartFailed, SupervisedProcess
 
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)

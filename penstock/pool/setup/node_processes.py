@@ -30,7 +30,8 @@ from penstock.pool.setup.open import check_weights, refuse_two_names
 from penstock.pool.setup.reload import ReadConfig
 from penstock.pool.setup.split import ProcessConfig, Splitter, process_count
 from penstock.process.child_python import python_command
-from penstock.process.supervised import POLL_S, StartFailed, SupervisedProcess
+from penstock.process.restarted import POLL_S
+from penstock.process.supervised import StartFailed, SupervisedProcess
 from penstock.units import format_address, parse_address
 
 log = logging.getLogger(__name__)

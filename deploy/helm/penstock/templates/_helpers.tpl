@@ -62,3 +62,26 @@ capabilities: {drop: [ALL]}
 - /etc/penstock/secrets/poolKey
 {{- end }}
 {{- end }}
+
+{{/* How many processes a pool node has: each has a port of its own. */}}
+{{- define "penstock.poolProcesses" -}}
+{{- $processes := int .Values.pool.processes }}
+{{- if or (lt $processes 1) (ne (toString .Values.pool.processes) (toString $processes)) }}
+{{- fail (printf "pool.processes is %v; allowed: a number, as each process has a port" .Values.pool.processes) }}
+{{- end }}
+{{- range .Values.pool.args }}
+{{- if hasPrefix "--processes" . }}
+{{- fail "pool.args has --processes; allowed: pool.processes, as each process has a port" }}
+{{- end }}
+{{- end }}
+{{- $last := sub $processes 1 }}
+{{- if and .Values.pool.metricsPort (le (add .Values.pool.port 0) (add .Values.pool.metricsPort $last)) (le (add .Values.pool.metricsPort 0) (add .Values.pool.port $last)) }}
+{{- fail (printf "pool.port is %v and pool.metricsPort %v; allowed: %d ports in a row for each, none for both" .Values.pool.port .Values.pool.metricsPort $processes) }}
+{{- end }}
+{{- $processes }}
+{{- end }}
+
+{{/* The end of the name of a process's port: none for the first. */}}
+{{- define "penstock.nth" -}}
+{{- if . }}-{{ . }}{{ end }}
+{{- end }}

@@ -22,27 +22,74 @@ from penstock.cluster.router.fronts.start import FrontStart, packed_start
 from penstock.cluster.router.router_flags import RouterFlags
 from penstock.process.child_python import child_environment, python_command
 from penstock.process.die_with_parent import die_with_parent
+from penstock.process.restarted import POLL_S, RestartedProcess
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
 READY_S = 120.0  # a front that does not serve by then is ended, and started again
-PAUSES_S = (0.1, 30.0)  # before a front is started again, doubling
-STEADY_S = 30.0  # after so long without an end, pauses start from the shortest again
-KILLED_S = 5.0
 
 
 class FrontsFailed(RuntimeError):
     """A front ended before it served any client."""
 
 
-@dataclass(eq=False)
-class _Process:
-    slot: int
-    popen: subprocess.Popen[bytes] | None = None
-    started_s: float = 0.0
-    pause_s: float = PAUSES_S[0]
-    again_s: float | None = None  # when it is started again
+class FrontProcess(RestartedProcess):
+    """One front: each start of it gets ends of two new socket pairs with the placer."""
+
+    pauses_s = (0.1, 30.0)
+
+    def __init__(self, slot: int, common: FrontSupervisor) -> None:
+        super().__init__(f"front {slot}")
+        self.slot = slot
+        self._common = common
+
+    def _say(self, line: str) -> None:
+        log.error("%s %s", self.name, line)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        common = self._common
+        channel, its_channel = socket.socketpair()
+        links, its_links = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its_channel, its_links:
+            try:
+                self._take_no_more()  # until it accepts
+                shared = common.prefixes, common.balance
+                files = common.listener.fileno(), its_channel.fileno(), its_links.fileno(), *shared
+                start = FrontStart(self.slot, common.fronts, *files, common.secret, common.flags)
+                process = subprocess.Popen(
+                    python_command("-m", "penstock.cluster.router.fronts.process"),
+                    stdin=subprocess.PIPE,
+                    pass_fds=files,
+                    start_new_session=True,  # a Ctrl-C is for the placer, which ends the fronts in order
+                    preexec_fn=die_with_parent,
+                    env=child_environment(),
+                )
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it ended already, as `watch` sees
+                    pipe.write(packed_start(start))
+            except BaseException:
+                channel.close()
+                links.close()
+                raise
+        common.placer.attach(self.slot, channel, links)
+        return process
+
+    def _take_no_more(self) -> None:
+        FrontBalance(self._common.balance, self.slot, self._common.fronts).have(None)
+
+    def _pause(self, now: float, why: str) -> None:
+        super()._pause(now, why)
+        self._take_no_more()
+
+    def watch(self, now: float) -> None:
+        """Kill it if it serves nobody, and start it again if it has ended."""
+        if self.slot in self._common.silent:
+            self._common.silent.discard(self.slot)
+            self.send(signal.SIGKILL)
+        elif self.alive and now - self._started_s > READY_S and self.slot not in self._common.placer.ready:
+            self._say(f"is ended: it was not ready within {READY_S:g} s")
+            self.send(signal.SIGKILL)
+        super().watch(now)
 
 
 @dataclass(eq=False)
@@ -53,15 +100,14 @@ class FrontSupervisor:
     flags: RouterFlags
     listener: socket.socket
     fronts: int
-    restarts: int = 0
     _stopping: bool = False
-    _processes: list[_Process] = field(default_factory=list)
+    _processes: list[FrontProcess] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._prefixes, self._balance = make_table(), make_balance()
-        self._secret = new_prefix_secret()
-        self._silent: set[int] = set()
-        self.placer.on_silent = self._silent.add
+        self.prefixes, self.balance = make_table(), make_balance()
+        self.secret = new_prefix_secret()
+        self.silent: set[int] = set()
+        self.placer.on_silent = self.silent.add
 
     def stop_soon(self) -> None:
         """Have `start` and `run` return."""
@@ -75,19 +121,18 @@ class FrontSupervisor:
     def signal(self, number: int) -> None:
         """Send a signal to all fronts."""
         for process in self._processes:
-            if process.popen is not None and process.popen.poll() is None:
-                process.popen.send_signal(number)
+            process.send(number)
 
     def start(self) -> None:
         """Start all fronts, and wait until they serve. Raises FrontsFailed, or OSError."""
-        self._processes = [_Process(slot) for slot in range(self.fronts)]
+        self._processes = [FrontProcess(slot, self) for slot in range(self.fronts)]
         for process in self._processes:
-            self._start(process)
+            process.begin()
         end_s = time.monotonic() + READY_S
         while len(self.placer.ready) < self.fronts and self._goes_on():
             for process in self._processes:
-                if process.popen is not None and process.popen.poll() is not None:
-                    raise FrontsFailed(f"front {process.slot} ended with status {process.popen.returncode}")
+                if process.status is not None:
+                    raise FrontsFailed(f"{process.name} ended with status {process.status}")
             if time.monotonic() > end_s:
                 raise FrontsFailed(f"a front was not ready within {READY_S:g} s")
 
@@ -96,79 +141,15 @@ class FrontSupervisor:
         while self._goes_on():
             now = time.monotonic()
             for process in self._processes:
-                self._watch(process, now)
-
-    def _watch(self, process: _Process, now: float) -> None:
-        popen = process.popen
-        if popen is not None and process.slot in self._silent:
-            self._silent.discard(process.slot)
-            popen.kill()
-        if popen is not None and popen.poll() is None:
-            if now - process.started_s > READY_S and process.slot not in self.placer.ready:
-                log.error("front %d is ended: it was not ready within %g s", process.slot, READY_S)
-                popen.kill()
-            return
-        if process.again_s is None:
-            status = popen.returncode if popen is not None else None
-            if now - process.started_s > STEADY_S:
-                process.pause_s = PAUSES_S[0]
-            self._pause(process, now, f"ended with status {status}")
-        elif now >= process.again_s:
-            try:
-                self._start(process)
-                self.restarts += 1
-            except OSError as error:  # no memory, or too many processes, at present
-                self._pause(process, now, f"cannot be started: {error}")
-
-    def _pause(self, process: _Process, now: float, why: str) -> None:
-        log.error("front %d %s; again in %g s", process.slot, why, process.pause_s)
-        process.again_s = now + process.pause_s
-        FrontBalance(self._balance, process.slot, self.fronts).have(None)
-        process.pause_s = min(2 * process.pause_s, PAUSES_S[1])
-
-    def _start(self, process: _Process) -> None:
-        """Raises OSError."""
-        channel, its_channel = socket.socketpair()
-        links, its_links = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with its_channel, its_links:
-            try:
-                FrontBalance(self._balance, process.slot, self.fronts).have(None)  # until it accepts
-                shared = self._prefixes, self._balance
-                files = self.listener.fileno(), its_channel.fileno(), its_links.fileno(), *shared
-                start = FrontStart(process.slot, self.fronts, *files, self._secret, self.flags)
-                process.again_s, process.started_s = None, time.monotonic()
-                process.popen = popen = subprocess.Popen(
-                    python_command("-m", "penstock.cluster.router.fronts.process"),
-                    stdin=subprocess.PIPE,
-                    pass_fds=files,
-                    start_new_session=True,  # a Ctrl-C is for the placer, which ends the fronts in order
-                    preexec_fn=die_with_parent,
-                    env=child_environment(),
-                )
-                assert popen.stdin is not None
-                with contextlib.suppress(BrokenPipeError), popen.stdin as pipe:  # it ended already, as `_watch` sees
-                    pipe.write(packed_start(start))
-            except BaseException:
-                channel.close()
-                links.close()
-                raise
-        self.placer.attach(process.slot, channel, links)
+                process.watch(now)
 
     def stop(self, timeout_s: float) -> None:
         """End all fronts in order: they let their requests end within `timeout_s`; then those that are left at once."""
         self._stopping = True
-        self.signal(signal.SIGTERM)
-        running = [process.popen for process in self._processes if process.popen is not None]
+        for process in self._processes:
+            process.terminate()
         end_s = time.monotonic() + timeout_s
-        for popen in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                popen.wait(max(0.0, end_s - time.monotonic()))
-        for popen in running:
-            if popen.poll() is None:
-                log.error("a front did not end within %.0f s", timeout_s)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(popen.pid, signal.SIGKILL)  # what it started, too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                popen.wait(KILLED_S)
-        os.close(self._prefixes)
-        os.close(self._balance)
+        for process in self._processes:
+            process.stop(max(0.0, end_s - time.monotonic()))
+        os.close(self.prefixes)
+        os.close(self.balance)
