@@ -151,11 +151,12 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# What measures time or memory runs last, and with nothing beside it.
+# What measures time or memory runs last, and with nothing beside it; only its files are collected.
+ALONE = $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
 unit: venv
 	@mkdir -p $(OUT); rm -f $(OUT)/tests.xml $(OUT)/tests-alone.xml; \
 	$(BIN)/python -m pytest $(BESIDE) $(TWICE) -m "not alone" --junit-xml=$(OUT)/tests.xml; beside=$$?; \
-	$(BIN)/python -m pytest $(TWICE) -m alone --ignore=tests/inside_vllm --ignore=tests/clients --junit-xml=$(OUT)/tests-alone.xml; \
+	$(BIN)/python -m pytest $(TWICE) -m alone $(ALONE) --junit-xml=$(OUT)/tests-alone.xml; \
 	alone=$$?; \
 	exit $$((beside ? beside : alone))
 

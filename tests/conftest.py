@@ -24,17 +24,14 @@ from tests.serving import serves
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 # Files whose tests run one after another: one start of the QEMU guest runs all of its tests, and two cores can start
-# only one cluster of processes within its deadline.
+# only one cluster of engines within its deadline.
 TOGETHER = {
     "tests/io/test_block_engines.py": "guest",
     "tests/io/test_nvme_engine.py": "guest",
     "tests/rdma/test_over_verbs.py": "guest",
-    "tests/benchmarks/test_end_to_end.py": "cluster",
     "tests/cluster/test_kill_rounds.py": "cluster",
-    "tests/cluster/deploy/test_on_ray.py": "cluster",
     "tests/cluster/test_pool_out_of_memory.py": "cluster",
     "tests/cluster/test_tls_cluster.py": "cluster",
-    "tests/cluster/router/fronts/test_front_processes.py": "cluster",
 }
 
 if "PENSTOCK_TESTS_CACHE" not in os.environ:  # not in a child of the tests

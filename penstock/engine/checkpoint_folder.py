@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Literal
 from penstock.extras import require_extra
 
 LoadFormat = Literal["auto", "dummy"]
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _HUB_TIMEOUT_S = 20.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -60,7 +62,13 @@ def quiet_transformers() -> Iterator[None]:
     Raises ExtraMissing without transformers.
     """
     require_extra("tokenizer", "a checkpoint")
-    from transformers.utils import logging
+    before = os.environ.get(_NO_ADVICE)
+    os.environ[_NO_ADVICE] = "1"  # or its import says that there is no torch
+    try:
+        from transformers.utils import logging
+    finally:
+        if before is None:
+            del os.environ[_NO_ADVICE]
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -18,10 +18,9 @@ from tests.cluster.kill_rounds import CLUSTER, Load, kill, running, until_up
 
 ANSWERS = 12
 MORE_S = 60.0
-ONE_POOL = '[[pool]]\nmemory = ["32MiB"]\n'
-TWO_ENGINES = CLUSTER.replace("count = 2\n", "")
-TWO_POOLS = TWO_ENGINES.replace(ONE_POOL, 2 * ONE_POOL)
-SMALL_POOL = TWO_ENGINES.replace('"32MiB"', '"320KiB"')
+POOL = '[[pool]]\nmemory = ["32MiB"]\n'
+SMALL_POOL = POOL.replace("32MiB", "320KiB")
+POOLS = CLUSTER.replace("count = 2\n", "").replace(POOL, POOL + SMALL_POOL)  # with one engine of each role
 
 
 def pools(supervisor: Supervisor) -> list[Child]:
@@ -65,12 +64,16 @@ def leave_no_memory(pid: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_pool_node_out_of_memory_under_load(tmp_path: Path) -> None:
-    with running(tmp_path, TWO_POOLS) as (supervisor, reference):
+def test_a_full_pool_node_and_one_out_of_memory_under_load(tmp_path: Path) -> None:
+    with running(tmp_path, POOLS) as (supervisor, reference):
+        secret = tmp_path / "secret"
+        short, full = pools(supervisor)
         load = Load(supervisor.url, reference, 1)
         try:
-            answers_go_on(load, supervisor)
-            short = pools(supervisor)[0]
+            answers_go_on(load, supervisor, 2 * ANSWERS)
+            stat = stat_of(full, secret)
+            assert stat.evictions + stat.writes_dropped > 0, "the pool was full"
+            assert stat.members[0].used_bytes <= stat.members[0].capacity_bytes
             leave_no_memory(short.pid)
             answers_go_on(load, supervisor)
             # An engine that starts anew needs new connections, which that node has no memory for.
@@ -80,27 +83,13 @@ def test_a_pool_node_out_of_memory_under_load(tmp_path: Path) -> None:
             if short.restarts == 0:
                 resource.prlimit(short.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             until_up(supervisor)
-            until_served(short, tmp_path / "secret")
+            until_served(short, secret)
             answers_go_on(load, supervisor)
         finally:
             counts = load.stop()
     assert not counts.wrong and not counts.failed, (counts.wrong, counts.failed)
     said = (tmp_path / "output.txt").read_text()
     assert "refused: " in said or "the node ends" in said, "it said that it was out of memory"
-
-
-@pytest.mark.slow
-def test_a_pool_that_is_full_under_load(tmp_path: Path) -> None:
-    with running(tmp_path, SMALL_POOL) as (supervisor, reference):
-        load = Load(supervisor.url, reference, 2)
-        try:
-            answers_go_on(load, supervisor, 2 * ANSWERS)
-        finally:
-            counts = load.stop()
-        stat = stat_of(pools(supervisor)[0], tmp_path / "secret")
-        assert stat.evictions + stat.writes_dropped > 0, "the pool was full"
-        assert stat.members[0].used_bytes <= stat.members[0].capacity_bytes
-    assert not counts.wrong and not counts.failed, (counts.wrong, counts.failed)
 
 
 def test_a_node_that_cannot_have_its_memory_is_refused_in_one_line() -> None:

@@ -110,11 +110,13 @@ def _codec(flags: ServeFlags) -> TextCodec | None:
         return None
     from penstock.engine.checkpoint_folder import quiet_transformers, resolve_folder
     from penstock.extras import require_extra
+    from penstock.process.without_torch import leave_out_torch
     from penstock.server.text import load_text_codec
 
     if flags.executor == "real":  # said at once, not after the tokenizer's
         require_extra("engine", f"serving {flags.model}")
-
+    else:
+        leave_out_torch()
     with quiet_transformers():
         return load_text_codec(
             resolve_folder(flags.model, "dummy" if flags.load_format == "dummy" else "auto", flags.revision)

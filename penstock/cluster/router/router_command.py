@@ -74,6 +74,7 @@ def _serve(flags: RouterFlags) -> None:
     from penstock.cluster.router.vllm_api import VllmApi
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
+    from penstock.process.without_torch import leave_out_torch
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer, bind, url_of, warn_of_open_port
     from penstock.units import format_address, parse_address
@@ -87,6 +88,7 @@ def _serve(flags: RouterFlags) -> None:
     ):
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
+        leave_out_torch()
         codec = router_codec(flags)
         if codec is not None:
             codec.start()
@@ -122,6 +124,7 @@ def _serve_by_fronts(flags: RouterFlags) -> None:
     from penstock.cluster.router.router_flags import router_settings, server_settings, tokenizer_folder
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
+    from penstock.process.without_torch import leave_out_torch
     from penstock.server.run import BACKLOG, LAST_WORDS_S, bind, url_of, warn_of_open_port
     from penstock.units import format_address, parse_address
 
@@ -135,6 +138,7 @@ def _serve_by_fronts(flags: RouterFlags) -> None:
         url = url_of(listener, server_side.tls is not None)
         warn_of_open_port(server_side, listener, url)
         listener.listen(BACKLOG)
+        leave_out_torch()
         tokenizer_folder(flags)  # so that the fronts find it
         cluster.listen()
         placer = Placer(cluster, secret, settings, tls, fronts=flags.fronts)

@@ -52,6 +52,7 @@ def _serve(start: FrontStart) -> str | None:
     from penstock.cluster.router.vllm_api import VllmApi
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
+    from penstock.process.without_torch import leave_out_torch
     from penstock.server.app import ServerApp
     from penstock.server.run import HttpServer
 
@@ -59,6 +60,7 @@ def _serve(start: FrontStart) -> str | None:
     raise_file_limit()
     settings, server_side = router_settings(flags), share_of(server_settings(flags), start.fronts)
     secret, tls = proof_of(flags)
+    leave_out_torch()
     codec = router_codec(flags)
     if codec is not None:
         codec.start()

@@ -138,6 +138,11 @@ def streamed(url: str, prompt: Sequence[int], count: int, begun: threading.Semap
     return tokens
 
 
+def has_torch(pid: int) -> bool:
+    """Whether a process has loaded it: 260 MB, and seconds to start."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_answers_are_the_same_with_fronts_as_without(tmp_path: Path) -> None:
     """Prompts are token ids, texts and chats: each front renders, tokenizes and decodes."""
     model = str(build_tiny("llama", tmp_path / "model"))
@@ -159,8 +164,10 @@ def test_answers_are_the_same_with_fronts_as_without(tmp_path: Path) -> None:
 
     with router(tmp_path, model) as alone:
         want = of(alone.url)
+        assert not has_torch(alone.process.pid)
     with router(tmp_path, model, "--fronts", "2") as both:
         assert of(both.url) == want
+        assert not any(map(has_torch, [both.process.pid, *both.fronts()]))
         for front in both.fronts():
             with both.only(front):
                 assert of(both.url) == want
