@@ -29,6 +29,9 @@ LOCKED := --no-deps --require-hashes --requirement
 UV ?= uv==0.13.9
 AUDIT ?= pip-audit==2.10.1
 
+# Where containers set this, every interpreter that tests start would compile all it imports: a third of their time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-demo venv-vllm venv-clients demo quick quick-unit test test-vllm test-vllm-next test-clients docs venv-docs lint types unit clean lock audit size
 

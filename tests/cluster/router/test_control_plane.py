@@ -373,13 +373,13 @@ def test_strangers_get_nothing(caplog: pytest.LogCaptureFixture) -> None:
         c.engine("e1")
         greeting = wire.greeting()
         assert converse(c, b"GET / HTTP/1.1\r\n\r\n") == greeting
-        assert "does not speak the Penstock cluster protocol" in caplog.text
+        wait_until(lambda: "does not speak the Penstock cluster protocol" in caplog.text, "the reason")
         older = replace(wire.GREETING, version=0).pack(secret=True)
         assert converse(c, older) == greeting
-        assert "speaks version 0 of the cluster protocol, this side 5" in caplog.text
+        wait_until(lambda: "speaks version 0 of the cluster protocol, this side 5" in caplog.text, "the reason")
         answer = converse(c, greeting, b"x" * (NONCE_BYTES + PROOF_BYTES))
         assert len(answer) == len(greeting) + NONCE_BYTES
-        assert "does not have the same secret" in caplog.text
+        wait_until(lambda: "does not have the same secret" in caplog.text, "the reason")
         c.engine("e2", secret=Secret(b"another secret, too"), wait=False)
         wait_until(lambda: "refused this side's secret" in caplog.text, "the refusal")
         counts = c.router.port.counts
