@@ -19,7 +19,7 @@ from tests.cluster.kill_rounds import CLUSTER, Load, kill, running, until_up
 ANSWERS = 12
 MORE_S = 60.0
 POOL = '[[pool]]\nmemory = ["32MiB"]\n'
-SMALL_POOL = POOL.replace("32MiB", "320KiB")
+SMALL_POOL = POOL.replace("32MiB", "128KiB")  # two blocks
 POOLS = CLUSTER.replace("count = 2\n", "").replace(POOL, POOL + SMALL_POOL)  # with one engine of each role
 
 

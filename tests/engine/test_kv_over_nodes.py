@@ -140,7 +140,7 @@ def test_one_of_two_nodes_killed_in_the_middle_of_a_load(
         wait_until(lambda: all(m.healthy for m in pool.stat(5.0).members), "the node's return")
         ask(rig, third, computed(third))
         rig.settle()
-        assert blocks_of(pool)[goes.member] == 4, "it is used again"
+        assert blocks_of(pool)[goes.member] > 0, "it is used again"
     pool.close(CLOSE_S)
 
 
