@@ -97,7 +97,7 @@ def _run_all(session: pytest.Session, kind: GuestKind) -> _Run:
 
 def pytest_command(tests: list[str]) -> list[str]:
     """Arguments of Python that run these tests in a guest."""
-    plugins = ["-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
+    plugins = ["-o", "faulthandler_timeout=60", "-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
     return ["-m", "pytest", "-q", *plugins, "--rootdir=/guest", *tests]
 
 

@@ -29,7 +29,7 @@ from penstock.pool.mac import check_of
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
 from penstock.pool.net.memory_attachment import MemoryAttachment
-from penstock.pool.net.nixl_agent import Span
+from penstock.pool.net.one_sided_agent import Span
 from penstock.pool.net.ways import ONE_SIDED, count_read
 from penstock.process.guarded_thread import GuardedWorker
 
