@@ -77,6 +77,13 @@ class GuestItem(pytest.Item):
         return self.path, None, self.name
 
 
+def report_guest_time(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Let a report show how long a test took in the guest; the guest's own time is that of its first one."""
+    if isinstance(item, GuestItem) and report.when == "call":
+        report.sections.append(("guest", f"took {item.guest_duration_s:.2f} s there"))
+        report.duration = max(report.duration, item.guest_duration_s)
+
+
 def _run_all(session: pytest.Session, kind: GuestKind) -> _Run:
     """Every such test of the session, in one run of the guest. Skips where there is none."""
     reason = kind.missing()
@@ -97,7 +104,7 @@ def _run_all(session: pytest.Session, kind: GuestKind) -> _Run:
 
 def pytest_command(tests: list[str]) -> list[str]:
     """Arguments of Python that run these tests in a guest."""
-    plugins = ["-o", "faulthandler_timeout=60", "-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
+    plugins = ["-p", "tests.io.guest_report", "-p", "no:cacheprovider"]
     return ["-m", "pytest", "-q", *plugins, "--rootdir=/guest", *tests]
 
 

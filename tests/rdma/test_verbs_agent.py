@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,8 @@ from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import one_sided_writes, verbs_agent
 from penstock.pool.net.node import PoolNode
-from penstock.pool.net.one_sided_agent import Access, Operation, open_agent
+from penstock.pool.net.one_sided_agent import Access, Operation
+from penstock.pool.net.open_agent import open_agent
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.verbs_agent import VerbsAgent
@@ -20,7 +22,7 @@ from penstock.pool.setup.open import open_local_pool
 from tests.pool.helpers import block_bytes, key_of, write
 from tests.pool.net.one_sided_rig import MIB, OneSidedRig, attach, counted, counted_writes
 from tests.rdma.test_over_verbs import packets
-from tests.rdma.verbs_node import DEVICES
+from tests.rdma.verbs_node import DEVICES, lock_at_most
 from tests.waiting import wait_until
 
 SIZE = 3 * MIB  # several requests to the card
@@ -117,6 +119,21 @@ def test_queue_pairs_that_are_no_such_are_refused() -> None:
             agent.accept(request)
 
 
+def test_memory_that_may_not_be_locked_is_not_registered() -> None:
+    child = os.fork()
+    if not child:  # as another user, whom this test cannot become for a while
+        try:
+            lock_at_most(MIB)
+            agent = VerbsAgent()
+            agent.register(aligned_buffer(MIB // 2))
+            agent.register(aligned_buffer(MIB))
+        except PoolError as error:
+            os._exit(0 if error.reason == "device" and "registered" in error.detail else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_device_that_is_not_here_is_named() -> None:
     with pytest.raises(ConfigError, match="mlx5_7 is not here; there are: rxe0, rxe1"):
         open_agent("verbs", ["mlx5_7"])
@@ -164,8 +181,7 @@ def test_a_connection_that_is_lost_is_attached_anew(rig: OneSidedRig) -> None:
     assert written == {"messages": 4096, "one-sided": 0}, "its memory is not registered"
     for connection in node._shares.everybody():  # noqa: SLF001
         connection.cut()
-    wait_until(lambda: client.up, "connected again", WAIT_S)
-    assert rig.read(client, KEYS) == OK
+    wait_until(lambda: rig.read(client, KEYS) == OK, "connected again", WAIT_S)
     wait_until(lambda: one_sided(rig, client), "attached anew", WAIT_S)
 
 

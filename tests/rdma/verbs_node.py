@@ -13,9 +13,10 @@ import resource
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from penstock.pool.net.node import PoolNode
-from penstock.pool.net.one_sided_agent import open_agent
+from penstock.pool.net.open_agent import open_agent
 from penstock.pool.setup.open import open_local_pool
 from penstock.units import parse_address
 
@@ -37,11 +38,19 @@ def leave_host() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def lock_at_most(size_bytes: int) -> None:
+    """Go on as a user who may use RDMA devices, and lock no more memory than this."""
+    for device in Path("/dev/infiniband").iterdir():
+        device.chmod(0o666)
+    Path("/dev/shm").chmod(0o1777)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size_bytes, size_bytes))
+    os.setuid(NOBODY)
+
+
 def main(listen: str, transport: str, locked_bytes: str = "") -> None:
     leave_host()
     if locked_bytes:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (int(locked_bytes), int(locked_bytes)))
-        os.setuid(NOBODY)
+        lock_at_most(int(locked_bytes))
     pool = open_local_pool([MEMORY_BYTES], [])
     agent = open_agent(transport, DEVICES)
     node = PoolNode(pool, *parse_address(listen), "verbs", staging_capacity_bytes=STAGING_BYTES, one_sided=agent)

@@ -28,7 +28,8 @@ from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
-from penstock.pool.net.one_sided_agent import OneSidedAgent, OneSidedTransfer, Operation, Span, open_agent
+from penstock.pool.net.one_sided_agent import OneSidedAgent, OneSidedTransfer, Operation, Span
+from penstock.pool.net.open_agent import open_agent
 from penstock.pool.net.pool_lending import NodeMemory, decode_node_memory
 from penstock.pool.net.rdma_devices import RAILS_MAX
 from penstock.process.guarded_thread import GuardedThread, count_failure

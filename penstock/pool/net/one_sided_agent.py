@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
-from penstock.core.config import ConfigError
-
 RdmaTransport = Literal["nixl", "verbs"]
 RDMA_TRANSPORTS: tuple[RdmaTransport, ...] = get_args(RdmaTransport)
 MODULES = {"nixl": "nixl_cu12", "verbs": "ibverbs"}  # what each needs, of the extra of its name
@@ -77,19 +75,3 @@ class OneSidedAgent(Protocol):
 def transport_installed(kind: str) -> bool:
     """Whether what the transport needs can be imported, without importing it."""
     return find_spec(MODULES[kind]) is not None
-
-
-def open_agent(kind: str, devices: Sequence[str] = ()) -> OneSidedAgent:
-    """An agent over the RDMA devices of these names (none: all). Raises ConfigError when `kind` is unknown or not
-    installed, or a device is not there."""
-    if kind not in RDMA_TRANSPORTS:
-        raise ConfigError(f"one-sided transport {kind!r} is not known; allowed: {', '.join(RDMA_TRANSPORTS)}")
-    if not transport_installed(kind):
-        raise ConfigError(f"{MODULES[kind]} is not installed here; allowed: penstock[{kind}]")
-    if kind == "verbs":
-        from penstock.pool.net.verbs_agent import VerbsAgent
-
-        return VerbsAgent(devices)
-    from penstock.pool.net.nixl_agent import NixlAgent
-
-    return NixlAgent(devices)

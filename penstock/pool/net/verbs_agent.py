@@ -5,7 +5,7 @@ each registration, which the card enforces: they may read a node's pool, write t
 the memory of a client. A request that is not allowed, or finds no memory any more, ends the queue pair.
 
 VERBS-1  Statement: When a transfer has failed, nothing of it arrives any more: its queue pairs were destroyed before.
-Verification: tests/rdma/test_read_only.py.
+Verification: tests/rdma/test_verbs_agent.py.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _one_sided(config: PoolConfig) -> OneSidedAgent | None:
     """The agent for one-sided reads, where the configuration asks for it. Raises ConfigError."""
     if not config.rdma:
         return None
-    from penstock.pool.net.one_sided_agent import open_agent
+    from penstock.pool.net.open_agent import open_agent
 
     agent = open_agent(config.rdma_transport, config.rdma_device)
     if agent.transport == "shared memory":

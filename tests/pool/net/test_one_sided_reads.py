@@ -16,7 +16,7 @@ from penstock.pool.api import PoolError
 from penstock.pool.authenticated import authenticated
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.mac import PoolKey
-from penstock.pool.net import one_sided_agent, pool_lending, rdma_devices, wire
+from penstock.pool.net import open_agent, pool_lending, rdma_devices, wire
 from penstock.pool.net.connect import open_union
 from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
@@ -128,7 +128,7 @@ def test_a_node_without_rdma_is_read_in_messages_and_says_so(rig: OneSidedRig, t
 def test_a_client_without_nixl_reads_in_messages_and_says_so(
     rig: OneSidedRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one_sided_agent, "transport_installed", lambda kind: False)
+    monkeypatch.setattr(open_agent, "transport_installed", lambda kind: False)
     client = RemotePool(*rig.node(pool_of(rig, tmp_path)).address)
     rig.undo.callback(client.close, 5.0)
     client.register(rig.arena.memory)
