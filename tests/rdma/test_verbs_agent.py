@@ -18,6 +18,7 @@ from penstock.pool.net.open_agent import open_agent
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.verbs_agent import VerbsAgent
+from penstock.pool.net.verbs_messages import RemotePart, encode
 from penstock.pool.setup.open import open_local_pool
 from tests.pool.helpers import block_bytes, key_of, write
 from tests.pool.net.one_sided_rig import MIB, OneSidedRig, attach, counted, counted_writes
@@ -112,11 +113,17 @@ def test_what_is_not_registered_is_refused_before_it_is_asked_for() -> None:
     pair.move("READ")
 
 
-def test_queue_pairs_that_are_no_such_are_refused() -> None:
-    agent = VerbsAgent()
+def test_descriptions_that_are_wrong_are_refused() -> None:
+    agent, node = VerbsAgent(), VerbsAgent()
     for request in (b"", b"\xc0", b"\x90", b"\x91\x90"):
         with pytest.raises(PoolError, match="layout: "):
             agent.accept(request)
+    without_key, beyond = RemotePart(4096, 4096, []), RemotePart((1 << 64) - 4096, 8192, [7, 8])
+    for metadata in (b"", encode([without_key]), encode([beyond])):
+        with pytest.raises(PoolError, match="network: "):
+            agent.add_peer(metadata, node.accept(agent.request())[0])
+    with pytest.raises(PoolError, match="network: "):
+        agent.add_peer(encode([]), encode([]))
 
 
 def test_memory_that_may_not_be_locked_is_not_registered() -> None:

@@ -19,20 +19,17 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
-
-import msgspec
-from msgspec import Meta
+from typing import Any
 
 from penstock.core.config import ConfigError
-from penstock.framing import NO_MESSAGE, said
+from penstock.framing import ProtocolError, said
 from penstock.io.memory import address_of
 from penstock.io.regions import Regions
 from penstock.pool.api import PoolError
 from penstock.pool.net import rdma_devices
 from penstock.pool.net.one_sided_agent import Access, Operation, RdmaTransport, Span
+from penstock.pool.net.verbs_messages import SEQUENCES, QueueEnd, RemotePart, decode_ends, decode_parts, encode
 from penstock.pool.net.verbs_resources import keep, release
-from penstock.pool.net.wire import ADDRESS_BYTES_MAX, REGIONS_MAX
 
 REQUEST_BYTES = 1 << 20  # of one request to the card; larger spans are several, spread over the devices
 REQUESTS_MAX = 256  # of one queue pair at the same time
@@ -43,38 +40,9 @@ STALL_S = 5.0  # a peer of which no request ends for so long is given up: not ev
 ACK_TIMEOUT = 16  # 2^16 x 4.096 us = 0.27 s
 RETRIES = 7
 HOPS_MAX = 64
-SEQUENCES = 1 << 24
 ROCE_V2, _ACTIVE, _ETHERNET = "RoCE v2", 4, 2
 _IPV4 = bytes(10) + b"\xff\xff"
 _LINK_LOCAL = b"\xfe\x80"
-
-Uint16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
-Uint24 = Annotated[int, Meta(ge=0, lt=SEQUENCES)]
-Key = Annotated[int, Meta(ge=0, lt=1 << 32)]
-
-
-class QueueEnd(msgspec.Struct, array_like=True, frozen=True):
-    """One end of a connection: numbers of the queue pair and of its first packet, LID, GID and MTU (as `ibv_mtu`) of
-    its port, and how many reads it serves at the same time."""
-
-    qp_num: Uint24
-    psn: Uint24
-    lid: Uint16
-    gid: Annotated[bytes, Meta(min_length=16, max_length=16)]
-    mtu: Annotated[int, Meta(ge=1, le=5)]
-    reads: Annotated[int, Meta(ge=1, le=255)]
-
-
-class RemotePart(msgspec.Struct, array_like=True, frozen=True):
-    """Registered memory of a node, and its key at each device."""
-
-    address: Annotated[int, Meta(ge=0, extra={"bits": 64})]
-    size_bytes: Annotated[int, Meta(ge=1, le=ADDRESS_BYTES_MAX)]
-    keys: Annotated[list[Key], Meta(max_length=rdma_devices.RAILS_MAX)]
-
-
-_ends = msgspec.msgpack.Decoder(Annotated[list[QueueEnd], Meta(max_length=rdma_devices.RAILS_MAX)])
-_parts = msgspec.msgpack.Decoder(Annotated[list[RemotePart], Meta(max_length=REGIONS_MAX)])
 
 
 class VerbsAgent:
@@ -143,7 +111,7 @@ class VerbsAgent:
         """Place and keys of all registered memory."""
         with self._lock:
             registered = list(self._registrations.values())
-        return msgspec.msgpack.encode(
+        return encode(
             [RemotePart(one.address, one.size_bytes, [region.rkey for region in one.regions]) for one in registered]
         )
 
@@ -161,7 +129,7 @@ class VerbsAgent:
             except OSError as error:
                 self._offered = []
                 raise PoolError("network", f"no queue pair could be created: {said(error)}") from None
-            return msgspec.msgpack.encode([queue.end for queue in self._offered])
+            return encode([queue.end for queue in self._offered])
 
     def accept(self, request: bytes) -> tuple[bytes, Callable[[], None]]:
         """Connect a client's queue pairs to new ones, which only answer."""
@@ -169,24 +137,24 @@ class VerbsAgent:
         made: list[_QueuePair] = []
         with self._lock:
             try:
-                for rail, (device, there) in enumerate(zip(self._devices, _ends.decode(request), strict=False)):
+                for rail, (device, there) in enumerate(zip(self._devices, decode_ends(request), strict=False)):
                     made.append(_QueuePair(self._verbs, rail, device, 1))
                     made[-1].connect(there, int(flags.REMOTE_READ | flags.REMOTE_WRITE))
-            except NO_MESSAGE as error:
+            except ProtocolError as error:
                 raise PoolError("layout", f"a client's queue pairs are not described: {said(error)}") from None
             except OSError as error:
                 _close(made)
                 raise PoolError("network", f"a client's queue pairs cannot be connected: {said(error)}") from None
         if not made:
             raise PoolError("layout", "a client offers no queue pair")
-        return msgspec.msgpack.encode([queue.end for queue in made]), partial(_close, made)
+        return encode([queue.end for queue in made]), partial(_close, made)
 
     def add_peer(self, metadata: bytes, accepted: bytes = b"") -> _Peer:
         """The node whose queue pairs `accepted` describes."""
         with self._lock:
             queues, self._offered = self._offered, []
             try:
-                ends = _ends.decode(accepted)
+                ends = decode_ends(accepted)
                 _close(queues[len(ends) :])
                 queues = queues[: len(ends)]
                 if not queues:
@@ -194,8 +162,8 @@ class VerbsAgent:
                 for queue, there in zip(queues, ends, strict=False):
                     queue.connect(there, 0)
                     queue.may_send(there)
-                return _Peer(_parts.decode(metadata), queues)
-            except (OSError, *NO_MESSAGE) as error:
+                return _Peer(decode_parts(metadata), queues)
+            except (OSError, ProtocolError, PoolError) as error:
                 _close(queues)
                 raise PoolError("network", f"no connection by verbs: {said(error)}") from None
 
@@ -323,9 +291,11 @@ class _Peer:
     """A node that this agent is connected to: its memory, and a queue pair for each rail."""
 
     def __init__(self, parts: list[RemotePart], queues: list[_QueuePair]) -> None:
-        """Raises PoolError when the parts have no key for a rail."""
+        """Raises PoolError when a part has no key for a rail, or lies where no memory is."""
         if any(len(part.keys) < len(queues) for part in parts):
             raise PoolError("network", "the node's memory has no key for one of its devices")
+        if any(part.address + part.size_bytes > 1 << 64 for part in parts):
+            raise PoolError("network", "the node's memory lies beyond all addresses")
         self.parts, self.queues = sorted(parts, key=lambda part: part.address), queues
         self.places = Regions()
         for number, part in enumerate(self.parts):
