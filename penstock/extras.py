@@ -14,6 +14,7 @@ EXTRAS = {
     "vllm": ("vllm",),
     "ray": ("ray",),
     "nixl": ("nixl_cu12",),
+    "verbs": ("ibverbs",),
     "events": ("zmq",),
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
 }

@@ -18,7 +18,18 @@ from penstock.extras import EXTRAS, ExtraMissing, missing_modules, require_extra
 
 HERE = Path(__file__).parent.parent
 PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-HIDDEN = ("torch", "transformers", "tokenizers", "safetensors", "jinja2", "matplotlib", "vllm", "ray", "nixl_cu12")
+HIDDEN = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "jinja2",
+    "matplotlib",
+    "vllm",
+    "ray",
+    "nixl_cu12",
+    "ibverbs",
+)
 HIDE = f"""
 import sys
 class Hide:

@@ -22,7 +22,7 @@ _NO_GID = re.compile(r"[0:]*|fe80(:0000){7}")
 
 
 def check_one_sided_reads(machine: Machine) -> Check:
-    """NIXL, the limit of locked memory, huge pages; of each device its provider library, GIDs, and MTU."""
+    """NIXL or ibverbs, the limit of locked memory, huge pages; of each device its provider library, GIDs, and MTU."""
     name = "one-sided reads"
     devices = machine.names("sys/class/infiniband")
     if not devices:
@@ -37,8 +37,8 @@ def check_one_sided_reads(machine: Machine) -> Check:
 
 
 def _of_host(machine: Machine) -> Iterator[tuple[str, str]]:
-    if missing_modules("nixl"):
-        yield "NIXL is not installed", "pip install 'penstock[nixl]'"
+    if missing_modules("nixl") and missing_modules("verbs"):
+        yield "neither NIXL nor ibverbs is installed", "pip install 'penstock[nixl]' or 'penstock[verbs]'"
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     capabilities = re.search(r"CapEff:\s*([0-9a-f]+)", machine.text("proc/self/status") or "")
     may_lock = capabilities is not None and int(capabilities[1], 16) >> CAP_IPC_LOCK & 1

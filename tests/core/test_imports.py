@@ -71,12 +71,15 @@ def test_the_brain_opens_prints_and_reads_nothing(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("penstock", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
-        ("penstock.core.engine.scheduler", ("torch", "ray", "nixl", "vllm", "transformers", "numpy", "msgspec")),
-        ("penstock.testing.virtual_driver", ("torch", "ray", "nixl", "vllm", "transformers", "numpy")),
-        ("penstock.pool.setup.open", ("torch", "ray", "nixl", "vllm", "transformers")),
-        ("penstock.engine.build", ("torch", "ray", "nixl", "vllm", "transformers")),
-        ("penstock.cli", ("torch", "ray", "nixl", "vllm", "transformers")),
+        ("penstock", ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers", "numpy")),
+        (
+            "penstock.core.engine.scheduler",
+            ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers", "numpy", "msgspec"),
+        ),
+        ("penstock.testing.virtual_driver", ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers", "numpy")),
+        ("penstock.pool.setup.open", ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers")),
+        ("penstock.engine.build", ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers")),
+        ("penstock.cli", ("torch", "ray", "nixl_cu12", "ibverbs", "vllm", "transformers")),
     ],
 )
 def test_heavy_modules_are_not_imported_by_the_way(module: str, absent: tuple[str, ...]) -> None:

@@ -63,14 +63,25 @@ def test_what_is_missing_is_named(machine: Laid, monkeypatch: pytest.MonkeyPatch
     (machine.root / "usr/lib/x86_64-linux-gnu/libibverbs/libmlx5-rdmav34.so").unlink()
     (machine.root / PORT / "gids" / "1").unlink()
     (machine.root / PORT / "gids" / "0").unlink()
-    monkeypatch.setattr(rdma_checks, "missing_modules", lambda extra: ["nixl_cu12"])
+    monkeypatch.setattr(rdma_checks, "missing_modules", lambda extra: ["a module"])
     machine.lay("proc/self/status", "CapEff:\t0000000000000000\n")
     monkeypatch.setattr(resource, "getrlimit", lambda which: (8 << 20, 8 << 20))
     check = check_one_sided_reads(machine)
-    for what in ("NIXL is not installed", "8 MiB may be locked", "provider (mlx5)", "port 1 has no GID"):
+    for what in (
+        "neither NIXL nor ibverbs is installed",
+        "8 MiB may be locked",
+        "provider (mlx5)",
+        "port 1 has no GID",
+    ):
         assert what in check.found
-    for how in ("penstock[nixl]", "LimitMEMLOCK", "ibverbs-providers"):
+    for how in ("penstock[nixl]", "penstock[verbs]", "LimitMEMLOCK", "ibverbs-providers"):
         assert how in check.advice
+
+
+@pytest.mark.parametrize("installed", ["nixl", "verbs"])
+def test_one_transport_is_enough(machine: Laid, monkeypatch: pytest.MonkeyPatch, installed: str) -> None:
+    monkeypatch.setattr(rdma_checks, "missing_modules", lambda extra: [] if extra == installed else ["a module"])
+    assert check_one_sided_reads(machine).status == "ok"
 
 
 def test_devices_in_software_have_providers_of_their_own(machine: Laid) -> None:

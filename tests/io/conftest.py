@@ -17,7 +17,7 @@ import pytest
 from penstock.io import BlockEngine, IoOp, aligned_buffer, open_engine, open_nvme
 from penstock.io.ring import probe
 from tests.io.guest_drives import blank_namespace, generic_device
-from tests.io.guest_tests import GuestItem, runs_in_guest
+from tests.io.guest_tests import GuestItem, report_guest_time, runs_in_guest
 from tests.io.io_devices import loop_device, skip_without
 from tests.io.spdk_rig import open_one as open_spdk_one
 
@@ -47,11 +47,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A report shows how long a test took in the guest; the guest's own time is that of its first one."""
+    """As `report_guest_time`."""
     report = yield
-    if isinstance(item, GuestItem) and report.when == "call":
-        report.sections.append(("guest", f"took {item.guest_duration_s:.2f} s there"))
-        report.duration = max(report.duration, item.guest_duration_s)
+    report_guest_time(item, report)
     return report
 
 

@@ -77,6 +77,13 @@ class GuestItem(pytest.Item):
         return self.path, None, self.name
 
 
+def report_guest_time(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Let a report show how long a test took in the guest; the guest's own time is that of its first one."""
+    if isinstance(item, GuestItem) and report.when == "call":
+        report.sections.append(("guest", f"took {item.guest_duration_s:.2f} s there"))
+        report.duration = max(report.duration, item.guest_duration_s)
+
+
 def _run_all(session: pytest.Session, kind: GuestKind) -> _Run:
     """Every such test of the session, in one run of the guest. Skips where there is none."""
     reason = kind.missing()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
-from tests.io.guest_tests import GuestItem, GuestKind
+from tests.io.guest_tests import GuestItem, GuestKind, report_guest_time
 from tests.rdma.rdma_guest import RDMA
 
 
@@ -25,3 +27,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             else item
             for item in items
         ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """As `report_guest_time`."""
+    report = yield
+    report_guest_time(item, report)
+    return report

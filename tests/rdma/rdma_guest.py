@@ -1,4 +1,5 @@
-"""A small Linux guest with an RDMA device in software (Soft-RoCE) on a network interface of its own, and NIXL.
+"""A small Linux guest with two RDMA devices in software (Soft-RoCE), each on a network interface of its own, with NIXL
+and ibverbs.
 
 Beside QEMU it needs Debian's generic kernel, as the cloud kernel has no rdma_rxe, and the library of its provider. They
 are looked for in out/rdma-kernel; there, unpacked, not installed:
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS, transport_installed
 from tests.io.guest_tests import GuestKind, pytest_command
 from tests.io.qemu_guest import (
     REPOSITORY,
@@ -26,6 +28,7 @@ from tests.io.qemu_guest import (
     newest,
     run_guest,
 )
+from tests.rdma.verbs_node import DEVICES
 
 ROOT = REPOSITORY / "out" / "rdma-kernel"
 MODULES = ("crc32_generic", "ib_core", "ib_uverbs", "udp_tunnel", "ip6_udp_tunnel", "rdma_rxe", "dummy")  # in order
@@ -35,10 +38,17 @@ TIMEOUT_S = 280.0
 FILES = (REPOSITORY / "penstock", REPOSITORY / "tests")
 SETUP = (
     ("/bin/ip", "link", "set", "lo", "up"),
-    ("/bin/ip", "link", "set", "dummy0", "mtu", "9000"),
-    ("/bin/ip", "addr", "add", "10.0.0.1/24", "dev", "dummy0"),
-    ("/bin/ip", "link", "set", "dummy0", "up"),
-    ("/bin/rdma", "link", "add", "rxe0", "type", "rxe", "netdev", "dummy0"),
+    ("/bin/ip", "link", "add", "dummy1", "type", "dummy"),
+    *(
+        command
+        for number, device in enumerate(DEVICES)
+        for command in (
+            ("/bin/ip", "link", "set", f"dummy{number}", "mtu", "9000"),
+            ("/bin/ip", "addr", "add", f"10.0.{number}.1/24", "dev", f"dummy{number}"),
+            ("/bin/ip", "link", "set", f"dummy{number}", "up"),
+            ("/bin/rdma", "link", "add", device, "type", "rxe", "netdev", f"dummy{number}"),
+        )
+    ),
 )
 # Queues of UCX that suit emulated processors: as long as usual they take most of the guest's memory and time.
 UCX = {
@@ -51,8 +61,9 @@ def missing_rdma() -> str | None:
     """Why no guest with RDMA can be run here; None when one can."""
     if reason := missing_qemu():
         return reason
-    if find_spec("nixl_cu12") is None:
-        return "the nixl extra is not installed"
+    for kind in RDMA_TRANSPORTS:
+        if not transport_installed(kind):
+            return f"the {kind} extra is not installed"
     if kernel() is None or any(_module(name) is None for name in MODULES):
         return f"needs a generic kernel with rdma_rxe in {ROOT} (Debian: linux-image-*-amd64)"
     if not (ROOT / PROVIDER).exists():
@@ -75,7 +86,7 @@ def machine() -> Machine:
     image = kernel()
     modules = [path for name in MODULES if (path := _module(name)) is not None]
     assert image is not None and len(modules) == len(MODULES)
-    contents = _nixl()
+    contents = {**_nixl(), **_ibverbs()}
     tools = [Path(str(shutil.which(name))) for name in TOOLS]
     contents.update({f"/bin/{path.name}": path for path in tools})
     for place in ("/usr/lib/x86_64-linux-gnu/libibverbs", "/usr/lib64/libibverbs"):
@@ -83,8 +94,9 @@ def machine() -> Machine:
     contents["/etc/libibverbs.d/rxe.driver"] = ROOT / "etc/libibverbs.d/rxe.driver"
     contents.update(libraries([*tools, ROOT / PROVIDER]))
     # The provider asks for NIXL's libibverbs by its usual name, and must find the same file.
-    links = {"/verbs/libibverbs.so.1": next(place for place in contents if "nixl_cu12.libs/libibverbs" in place)}
-    environment = {"LD_LIBRARY_PATH": "/verbs:/lib", **UCX}
+    library = next(place for place in contents if "nixl_cu12.libs/libibverbs" in place)
+    links = {"/verbs/libibverbs.so.1": library}
+    environment = {"LD_LIBRARY_PATH": f"/verbs:/lib:{Path(library).parent}", **UCX}
     return Machine(image, modules, contents, links, SETUP, environment, 2048)
 
 
@@ -109,6 +121,14 @@ def _nixl() -> dict[str, Path]:
         else:
             contents[f"/lib/{path.name}"] = path
     return contents
+
+
+def _ibverbs() -> dict[str, Path]:
+    """The package by the places of its files in the guest; it opens NIXL's libibverbs."""
+    found = find_spec("ibverbs")
+    assert found is not None and found.origin is not None
+    folder = Path(found.origin).parent
+    return {f"/guest/site/ibverbs/{path.name}": path for path in folder.iterdir() if path.is_file()}
 
 
 def _linked(binaries: Sequence[Path], folder: Path) -> Iterator[Path]:

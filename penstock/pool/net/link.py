@@ -158,6 +158,11 @@ class NodeLink:
         self._watch.call_by(self._due, 0.0)
 
     @property
+    def control(self) -> object | None:
+        """The control connection, if there is one; another object each time that it was connected again."""
+        return self._control.connections[0]
+
+    @property
     def up(self) -> bool:
         """Whether every lane has an open connection."""
         return self._control.up and self._writes.up and self._reads.up

@@ -1,11 +1,11 @@
-"""A client's attachment to the memory that a pool node has registered: NIXL's agent, and the transfers under way.
+"""A client's attachment to the memory that a pool node has registered: its agent, and the transfers under way.
 
 One thread attaches, begins transfers, and looks for their ends; it waits without polling while there are none. Its
 users (`pool.net.one_sided_reads`, `pool.net.one_sided_writes`) count failures here: after several in a row nothing
 travels one-sided for a while (`core.pool.way_health`).
 
-TRANSFER-1  Statement: A transfer that NIXL has begun ends only after NIXL has ended it: until then bytes may still
-            arrive in its memory, here or at the node.
+TRANSFER-1  Statement: A transfer that the agent has begun ends only after the agent has ended it: until then bytes may
+            still arrive in its memory, here or at the node.
 TRANSFER-2  Statement: Every lease is returned once nothing travels for it any more, or runs out at the node.
 Verification: tests/pool/net/test_one_sided_faults.py, tests/pool/net/test_one_sided_writes.py.
 """
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from penstock.core.config import ConfigError
 from penstock.core.pool.way_health import OFF_S, WayHealth
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.io.regions import Regions
@@ -29,13 +28,16 @@ from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
-from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer, Operation, Span, nixl_installed
+from penstock.pool.net.one_sided_agent import OneSidedAgent, OneSidedTransfer, Operation, Span
+from penstock.pool.net.open_agent import open_agent
 from penstock.pool.net.pool_lending import NodeMemory, decode_node_memory
+from penstock.pool.net.rdma_devices import RAILS_MAX
 from penstock.process.guarded_thread import GuardedThread, count_failure
 
 log = logging.getLogger(__name__)
 
 ATTACH_TIMEOUT_S = 5.0
+NO_MEMORY = NodeMemory(b"", [], 0)
 PROBE_BYTES = 4096
 POLL_S = (50e-6, 1e-3)  # pause between two looks at the transfers under way; grows while nothing ends
 LOOK_S = 0.05  # interval of the search for what its deadline has passed for, while something waits
@@ -58,11 +60,12 @@ class Watcher(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Attached:
-    """The memory of a node, as one start of it described it."""
+    """The memory of a node, as one start of it described it; `connection`: the one that it goes with, if any."""
 
     peer: Any
     memory: NodeMemory
     node_id: bytes
+    connection: object | None = None
 
     def address(self, region: int, offset: int, size_bytes: int) -> int | None:
         """The node's address of a part of its memory; None where it does not lie in the region."""
@@ -82,15 +85,15 @@ class MemoryAttachment:
         self._buffers: list[memoryview] = []
         self._registered = Regions()
         self._registrations: list[Any] = []
-        self._agent: NixlAgent | None = None
+        self._agent: OneSidedAgent | None = None
         self._attached: Attached | None = None
         self._attaching = False
         self._scratch = memoryview(b"")  # what probes are read into
-        self._probe: tuple[NixlTransfer, Attached] | None = None  # a first read of memory that is being attached
+        self._probe: tuple[OneSidedTransfer, Attached] | None = None  # a first read of memory that is being attached
         self._attach_after_s = float("-inf")
         self._health = WayHealth()
         self._tasks: deque[Callable[[], None]] = deque()
-        self._transfers: list[tuple[NixlTransfer, Ended]] = []  # of the thread alone
+        self._transfers: list[tuple[OneSidedTransfer, Ended]] = []  # of the thread alone
         self._unreturned: list[int] = []
         self._watchers: list[Watcher] = []
         self._asleep = False  # the thread waits without a limit
@@ -146,8 +149,9 @@ class MemoryAttachment:
     def _usable(self) -> Attached | None:
         """As `attached`; the lock is held."""
         attached = self._attached
-        same = attached is not None and attached.node_id == self._link.node.node_id
-        return attached if same and not self._closed else None
+        if attached is None or self._closed or attached.node_id != self._link.node.node_id:
+            return None
+        return attached if attached.connection in (None, self._link.control) else None
 
     # --- from any thread ---
 
@@ -303,7 +307,7 @@ class MemoryAttachment:
 
     def _want_attach(self) -> None:
         """Begin to attach the node's memory, unless that is under way or failed a moment ago; the lock is held."""
-        offered = bool(self._link.node.one_sided and self._buffers)
+        offered = bool(self._link.node.one_sided and self._buffers and self._link.control is not None)
         if not offered or self._attaching or self._closed or self._usable() is not None:
             return
         if time.monotonic() < self._attach_after_s:
@@ -318,37 +322,47 @@ class MemoryAttachment:
     def _attach(self) -> None:
         """On the thread: prepare this side, then ask the node for its memory."""
         try:
-            if not nixl_installed():
-                raise ConfigError("NIXL is not installed here; allowed: penstock[nixl]")
+            node, connection = self._link.node, self._link.control
+            if self._agent is not None and self._agent.kind != node.one_sided:  # the node was restarted with another
+                if self._again_without_transfers(self._attach):
+                    return
+                self._release_agent()
             if self._agent is None:
-                agent = NixlAgent()
+                agent = open_agent(node.one_sided)
                 self._scratch = aligned_buffer(PROBE_BYTES)
-                self._registrations.append(agent.register(self._scratch))
+                self._registrations.append(agent.register(self._scratch, "local"))
                 with self._lock:
                     self._agent = agent
                     buffers = list(self._buffers)
                 for buffer in buffers:
                     self._register(buffer)
-            node_id = self._link.node.node_id
-            message = wire.Attach(self._link.next_id(), b"", self._link.node.one_sided, b"", 0.0)
+            made = Attached(None, NO_MEMORY, node.node_id, connection if self._agent.peers_of_connection else None)
+            message = wire.Attach(self._link.next_id(), b"", node.one_sided, self._agent.request(), 0.0)
 
             def ended(reply: Any, error: PoolError | None) -> None:
                 with self._lock:
-                    self._tasks.append(partial(self._attached_now, node_id, reply, error))
+                    self._tasks.append(partial(self._attached_now, made, reply, error))
                     self._changed.notify()
 
             self._link.begin(message, ATTACH_TIMEOUT_S, ended)
         except Exception as error:  # noqa: BLE001 (blocks travel in messages; it is tried again later)
             self._not_attached(error)
 
-    def _attached_now(self, node_id: bytes, reply: Any, error: PoolError | None) -> None:
+    def _again_without_transfers(self, task: Callable[[], None]) -> bool:
+        """On the thread: whether transfers are under way; then `task` comes again later. They are of memory that is
+        detached: an agent forgets a peer only after its transfers."""
+        if not self._transfers:
+            return False
+        with self._lock:
+            self._tasks.append(task)
+            self._changed.wait(POLL_S[1])
+        return True
+
+    def _attached_now(self, made: Attached, reply: Any, error: PoolError | None) -> None:
         """On the thread: the node has described its memory."""
         agent = self._agent
         assert agent is not None
-        if self._transfers:  # of memory that is detached; NIXL forgets a peer only after its transfers
-            with self._lock:
-                self._tasks.append(partial(self._attached_now, node_id, reply, error))
-                self._changed.wait(POLL_S[1])
+        if self._again_without_transfers(partial(self._attached_now, made, reply, error)):
             return
         try:
             if error is not None:
@@ -359,9 +373,9 @@ class MemoryAttachment:
             if old is not None:
                 agent.remove_peer(old.peer)
             region = memory.regions[0]
-            attached = Attached(agent.add_peer(memory.metadata), memory, node_id)
+            made.memory, made.peer = memory, agent.add_peer(memory.metadata, memory.accepted)
             span = address_of(self._scratch), region.address, min(PROBE_BYTES, region.size_bytes)
-            self._probe = agent.begin("READ", attached.peer, [span]), attached
+            self._probe = agent.begin("READ", made.peer, [span] * RAILS_MAX), made
         except Exception as failed:  # noqa: BLE001 (blocks travel in messages; it is tried again later)
             self._not_attached(failed)
 
@@ -392,18 +406,18 @@ class MemoryAttachment:
             self._attach_after_s = time.monotonic() + OFF_S
 
     def _register(self, buffer: memoryview) -> None:
-        """Register memory with NIXL. Raises PoolError."""
+        """Register memory. Raises PoolError."""
         assert self._agent is not None
         if self._registered.find(address_of(buffer))[0] >= 0:
             return
-        made = self._agent.register(buffer)
+        made = self._agent.register(buffer, "local")
         with self._lock:
             self._registrations.append(made)
             self._registered.add(address_of(buffer), address_of(buffer) + len(buffer), len(self._registrations) - 1)
 
     def close(self, timeout_s: float) -> None:
-        """Begin no more transfers; those that NIXL has begun end when it ends them. To be called after the link is
-        closed. Memory that NIXL still uses then stays registered."""
+        """Begin no more transfers; those that the agent has begun end when it ends them. To be called after the link is
+        closed. Memory that is still in use then stays registered."""
         with self._lock:
             self._closed = True
             self._changed.notify()
@@ -413,10 +427,18 @@ class MemoryAttachment:
         thread.join(timeout_s)
         if agent is None or thread.alive or self._probe is not None:
             return
+        self._release_agent()
+
+    def _release_agent(self) -> None:
+        """Forget the agent, its peer and registrations; it has no transfers."""
         with self._lock:
+            agent, self._agent = self._agent, None
             attached, self._attached = self._attached, None
             registrations, self._registrations = self._registrations, []
+            self._registered.clear()
+        assert agent is not None
         if attached is not None:
             agent.remove_peer(attached.peer)
         for made in registrations:
             agent.deregister(made)
+        agent.close()

@@ -8,62 +8,39 @@ this process.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import secrets
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from penstock.core.config import ConfigError
 from penstock.framing import said
 from penstock.io.memory import address_of
 from penstock.pool.api import PoolError
+from penstock.pool.net.one_sided_agent import Access, Operation, RdmaTransport, Span
+from penstock.pool.net.rdma_devices import RAILS_MAX, check_devices, numa_node_of, rdma_devices
 
 log = logging.getLogger(__name__)
 
-RDMA_DEVICES = Path("/sys/class/infiniband")
-RAILS_MAX = 8  # devices that one transfer is spread over
 PROGRESS_US = 50_000  # interval at which the progress thread wakes without an event; at 0 it would use a whole core
 
-Operation = Literal["READ", "WRITE"]
-Span = tuple[int, int, int]  # local address, the peer's address, bytes
 _creating = threading.Lock()
 
 
-def rdma_devices() -> list[str]:
-    """Names of this host's RDMA devices."""
-    return sorted(one.name for one in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
-
-
-def numa_node_of(devices: Sequence[str]) -> int | None:
-    """The NUMA node that all of these RDMA devices are on; None where the system does not say, or they differ."""
-    found = set()
-    for device in devices:
-        try:
-            found.add(int((RDMA_DEVICES / device / "device" / "numa_node").read_text()))
-        except (OSError, ValueError):
-            return None
-    return found.pop() if len(found) == 1 and min(found) >= 0 else None
-
-
-def nixl_installed() -> bool:
-    """Whether NIXL can be imported, without importing it."""
-    return importlib.util.find_spec("nixl_cu12") is not None
-
-
 class NixlAgent:
-    """One agent. Any thread may call; calls are made under a lock, as NIXL locks the whole agent too."""
+    """Contract: `one_sided_agent.OneSidedAgent`. Calls are made under a lock, as NIXL locks the whole agent too. Every
+    peer may read and write all memory that is registered: NIXL knows no other registrations."""
+
+    kind: RdmaTransport = "nixl"
+    peers_of_connection = False
 
     def __init__(self, devices: Sequence[str] = ()) -> None:
         """`devices`: names of the RDMA devices to use (none: all). Raises ConfigError when NIXL is not installed, has
         no UCX, or a device is not there."""
+        check_devices(devices)
         there = rdma_devices()
-        for device in devices:
-            if device not in there:
-                raise ConfigError(f"RDMA device {device} is not here; there are: {', '.join(there) or 'none'}")
         self.transport: Literal["rdma", "shared memory"] = "rdma" if there else "shared memory"
         self.numa_node = numa_node_of(devices or there)  # where memory that the devices fill lies best
         if not there:  # with the libraries in NIXL's wheel, the process would crash at exit
@@ -76,9 +53,8 @@ class NixlAgent:
             raise ConfigError(f"NIXL's agent does not start: {said(error)}") from None
         self._lock = threading.Lock()
 
-    def register(self, memory: memoryview) -> Any:
-        """Register memory, so that peers can read it, and it can be read into; returns the registration. Raises
-        PoolError("device"), as where the process may not lock so much memory."""
+    def register(self, memory: memoryview, access: Access = "read") -> Any:
+        """Register memory; peers may read and write it, whatever `access` says."""
         try:
             with self._lock:
                 return self._agent.register_memory([(address_of(memory), len(memory), 0, "")], "DRAM")
@@ -86,7 +62,7 @@ class NixlAgent:
             raise PoolError("device", f"NIXL cannot register {len(memory)} bytes of memory: {said(error)}") from None
 
     def deregister(self, registration: Any) -> None:
-        """Undo `register`; a failure is logged."""
+        """As the contract says."""
         try:
             with self._lock:
                 self._agent.deregister_memory(registration)
@@ -94,13 +70,21 @@ class NixlAgent:
             log.warning("NIXL: memory could not be deregistered: %s", error)
 
     def metadata(self) -> bytes:
-        """What a peer needs to read the memory that is registered now."""
+        """NIXL's metadata of this agent."""
         with self._lock:
             found: bytes = self._agent.get_agent_metadata()
             return found
 
-    def add_peer(self, metadata: bytes) -> Any:
-        """A peer by its `metadata`; returns its name. Raises PoolError("network")."""
+    def request(self) -> bytes:
+        """Nothing: whoever has the metadata is a peer."""
+        return b""
+
+    def accept(self, request: bytes) -> tuple[bytes, Callable[[], None]]:
+        """Nothing, and nothing ends it."""
+        return b"", lambda: None
+
+    def add_peer(self, metadata: bytes, accepted: bytes = b"") -> Any:
+        """Returns the peer's name."""
         try:
             with self._lock:
                 return self._agent.add_remote_agent(metadata)
@@ -108,7 +92,7 @@ class NixlAgent:
             raise PoolError("network", f"NIXL cannot attach: {said(error)}") from None
 
     def remove_peer(self, name: Any) -> None:
-        """Forget a peer; no read of it may be open."""
+        """As the contract says."""
         try:
             with self._lock:
                 self._agent.remove_remote_agent(name)
@@ -116,8 +100,7 @@ class NixlAgent:
             log.info("NIXL: %s was gone already: %s", name, error)
 
     def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
-        """Begin to read parts of a peer's registered memory into registered memory, or to write them from it. Raises
-        PoolError("network")."""
+        """As the contract says."""
         try:
             with self._lock:
                 agent = self._agent
@@ -129,9 +112,12 @@ class NixlAgent:
             raise PoolError("network", f"NIXL could not begin a {operation}: {said(error)}") from None
         return NixlTransfer(self._agent, self._lock, operation, handle, state)
 
+    def close(self) -> None:
+        """Nothing: NIXL releases them with the agent."""
+
 
 class NixlTransfer:
-    """A transfer that has begun. Bytes may arrive until `ended` is True or raises; it cannot be stopped before."""
+    """Contract: `one_sided_agent.OneSidedTransfer`. It cannot be stopped."""
 
     __slots__ = ("_agent", "_handle", "_lock", "_operation", "_state")
 
@@ -140,7 +126,7 @@ class NixlTransfer:
         self._handle, self._state = handle, state
 
     def ended(self) -> bool:
-        """Whether all bytes have arrived. Raises PoolError("network") when the transfer failed: none arrive then."""
+        """As the contract says."""
         if self._state == "PROC":
             try:
                 with self._lock:

@@ -35,8 +35,8 @@ from penstock.pool.net import wire
 from penstock.pool.net.greeter import Greeter
 from penstock.pool.net.idle import LOOK_S, IdleConnections
 from penstock.pool.net.message_budget import SHARE, MessageBudget
-from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node_connection import ClientConnection
+from penstock.pool.net.one_sided_agent import OneSidedAgent
 from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.secret import Secret
@@ -82,7 +82,7 @@ class PoolNode:
         connections: int | None = None,
         connections_per_address: int | None = None,
         tls: PeerTls | None = None,
-        one_sided: NixlAgent | None = None,
+        one_sided: OneSidedAgent | None = None,
         siblings: Sequence[int] = (),
     ) -> None:
         """`pace_bytes_per_s` limits the blocks sent over all connections together, to emulate a NIC of that speed.

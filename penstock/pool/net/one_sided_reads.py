@@ -1,12 +1,12 @@
-"""A client's side of one-sided reads from a pool node: it has blocks lent, reads them with NIXL, and verifies them.
+"""A client's side of one-sided reads from a pool node: it has blocks lent, reads them, and verifies them.
 
 Reads that are submitted while others are being lent travel together, as one LendMany. Every block is verified, by the
 same check as one that came in a message. A read that fails, or whose bytes do not pass the check, is made again in
 messages, within what is left of its deadline.
 
 READ-1  Statement: Each read ends exactly once: by its check, in messages, or at its deadline.
-READ-2  Statement: A read that NIXL has begun ends only after NIXL has ended it, also after its deadline: until then
-        bytes may still arrive in its buffer.
+READ-2  Statement: A read that the agent has begun ends only after the agent has ended it, also after its deadline:
+        until then bytes may still arrive in its buffer.
 Verification: tests/pool/net/test_one_sided_reads.py, tests/pool/net/test_one_sided_faults.py.
 """
 
@@ -29,14 +29,14 @@ from penstock.pool.mac import check_of
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
 from penstock.pool.net.memory_attachment import MemoryAttachment
-from penstock.pool.net.nixl_agent import Span
+from penstock.pool.net.one_sided_agent import Span
 from penstock.pool.net.ways import ONE_SIDED, count_read
 from penstock.process.guarded_thread import GuardedWorker
 
 log = logging.getLogger(__name__)
 
 SPAN_BYTES_MAX = 16 << 20  # of the blocks that are lent together, if they are several
-TRANSFER_BYTES = 8 << 20  # a transfer of NIXL has as many blocks; they are verified while the next is under way
+TRANSFER_BYTES = 8 << 20  # a transfer has as many blocks; they are verified while the next is under way
 OPEN_BYTES_MAX = 128 << 20  # of all blocks that are being lent or read
 LENDS_MAX = 2  # LendMany without a complete answer
 WAITING_MAX = 8192
@@ -197,7 +197,7 @@ class OneSidedReads:
             self._memory.begin("READ", attached, [span for _, span in some], partial(self._arrived, lent_blocks))
 
     def _expired(self, one: BlockRead) -> bool:
-        """Whether the block must not be read any more: its deadline has passed. From here on it ends with NIXL."""
+        """Whether the block must not be read any more: its deadline has passed. Else its transfer ends it."""
         if not self._take(one):
             return True
         if time.monotonic() < one.deadline_s:
@@ -206,7 +206,7 @@ class OneSidedReads:
         return True
 
     def _arrived(self, blocks: list[_Lent], error: PoolError | None) -> None:
-        """NIXL has ended a transfer: verify its blocks, or read them in messages."""
+        """A transfer has ended: verify its blocks, or read them in messages."""
         self._memory.give_back([lent.lease for _, lent in blocks])
         if error is not None:
             self._memory.failed(error, detach=True)
@@ -267,13 +267,13 @@ class OneSidedReads:
     # --- ends ---
 
     def _end(self, one: BlockRead, error: PoolError) -> None:
-        """End a read that NIXL has not begun."""
+        """End a read whose transfer has not begun."""
         if self._take(one):
             note_error("read", f"pool node {self._link.place}", error)
             self._finish(one, 0, b"", error)
 
     def _give_up(self, blocks: Iterable[BlockRead]) -> None:
-        """Read blocks in messages that NIXL has not begun to read."""
+        """Read blocks in messages whose transfers have not begun."""
         for one in blocks:
             if self._take(one):
                 self._on_in_messages(one)

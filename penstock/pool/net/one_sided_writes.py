@@ -1,4 +1,4 @@
-"""A client's side of one-sided writes to a pool node: it has space granted, fills it with NIXL, and commits it.
+"""A client's side of one-sided writes to a pool node: it has space granted, fills it, and commits it.
 
 A span of blocks of one size is one grant. What is more than the node grants one client waits. The node verifies what
 lies there by the checksums of the commit before it stores it. What fails goes again in messages, within what is left of
@@ -6,7 +6,7 @@ the deadline.
 
 WRITE-1  Statement: Each span ends exactly once: with the node's answer to its commit, in messages, or at its deadline.
 WRITE-2  Statement: No transfer into granted space begins after the grant's time. The grant of one that goes on after
-         the deadline is returned only when NIXL has ended it; it is never committed.
+         the deadline is returned only when the agent has ended it; it is never committed.
 Verification: tests/pool/net/test_one_sided_writes.py.
 """
 
@@ -169,7 +169,7 @@ class OneSidedWrites:
         self._memory.begin("WRITE", attached, parts, partial(self._filled, span, granted.lease))
 
     def _filled(self, span: SpanWrite, lease: int, error: PoolError | None) -> None:
-        """NIXL has ended the transfer."""
+        """The transfer has ended."""
         if error is not None or span.taken:
             self._memory.give_back([lease])
         if error is not None:
@@ -214,7 +214,7 @@ class OneSidedWrites:
         return bool(self._open or self._waiting)
 
     def end_late(self, now_s: float) -> None:
-        """As `memory_attachment.Watcher`: also of transfers that NIXL has not ended, which are never committed."""
+        """As `memory_attachment.Watcher`: also of transfers that have not ended, which are never committed."""
         with self._lock:
             late = [span for span in (*self._open, *self._waiting) if span.deadline_s <= now_s]
         for span in late:

@@ -162,7 +162,7 @@ class PoolConnection(ClientConnection):
                 lending.grants.commit(self, self._pool, request)
             case wire.Attach():
                 try:
-                    self._reply(wire.Attached(request.id, lending.attach()))
+                    self._reply(wire.Attached(request.id, lending.attach(self, request.memory)))
                 except PoolError as error:
                     self._reply(wire.Failed(request.id, error.reason, error.detail))
             case wire.Grant() | wire.Commit():

@@ -1,4 +1,4 @@
-"""A pool node's side of one-sided reads: its memory is registered with NIXL, and blocks in it are lent to clients.
+"""A pool node's side of one-sided reads: its memory is registered, and blocks in it are lent to clients.
 
 A lent block stays where it is until its lease ends: when the client gives it back, at its deadline, or with the
 client's connection. Blocks of memory members are lent in place; those of SSDs and of other nodes are loaded into
@@ -6,18 +6,21 @@ staging memory of this module first. How much a client may have lent is bounded 
 the client reads in messages.
 
 The lease only saves waste. The client verifies every block by its checksum, which the key seeds: memory that was used
-again meanwhile is a failed read, as is a restarted node. NIXL's registrations allow writes too, of all of this memory,
-by a client that knows the metadata: therefore `--rdma` is for clients that are trusted with the pool's content (docs:
-secure connections). Honest ones write only what they were granted (`pool.net.pool_grants`).
+again meanwhile is a failed read, as is a restarted node. With plain verbs clients can write nothing but the space for
+their writes (`pool.net.pool_grants`). NIXL's registrations allow writes of all of this memory, by a client that knows
+the metadata: therefore that is for clients that are trusted with the pool's content (docs: secure connections). Honest
+ones write only what they were granted.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Protocol
 
@@ -35,7 +38,7 @@ from penstock.pool.api import PoolError
 from penstock.pool.local.extents import ExtentAllocator
 from penstock.pool.losses import note_loss
 from penstock.pool.net import wire
-from penstock.pool.net.nixl_agent import NixlAgent
+from penstock.pool.net.one_sided_agent import Access, OneSidedAgent
 from penstock.pool.net.pool_grants import CAPACITY_BYTES_MAX as GRANT_BYTES_MAX
 from penstock.pool.net.pool_grants import PoolGrants
 from penstock.pool.node_backend import NodeBackend, OpenedBlock
@@ -48,6 +51,7 @@ STAGING_BYTES = 128 << 20  # where the node's staging memory has no configured s
 LEASED_BYTES_OF_CLIENT = 256 << 20
 LEASED_SHARE = 0.5  # of the memory members together, so that the rest can be evicted
 LEASES_MAX = 1 << 16
+ATTACHED_MAX = 2  # of one client: transfers may be under way when it attaches anew
 REGISTER_PAUSE_S = 5.0  # between two looks for memory that is not registered
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of <linux/mman.h>; `mmap` does not name it
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,13 +65,15 @@ class Region(msgspec.Struct, array_like=True):
 
 
 class NodeMemory(msgspec.Struct, array_like=True):
-    """What `Attached` of a pool node describes: NIXL's metadata of its agent, its regions, and their `epoch`, which
-    changes with them; `grant_bytes`: the space for writes that one client is granted at the same time (0: none)."""
+    """What `Attached` of a pool node describes: the metadata of its agent, its regions, and their `epoch`, which
+    changes with them; `grant_bytes`: the space for writes that one client is granted at the same time (0: none);
+    `accepted`: what the agent says to this client alone."""
 
     metadata: wire.Description
     regions: Annotated[list[Region], Meta(max_length=wire.REGIONS_MAX)]
     epoch: wire.Count
     grant_bytes: wire.Count = 0
+    accepted: wire.Description = b""
 
 
 _descriptions = msgspec.msgpack.Decoder(NodeMemory)
@@ -91,7 +97,7 @@ class Borrower(Protocol):
 class PoolLending:
     """The registered memory of a node, and the leases on it. Any thread may call."""
 
-    def __init__(self, pool: NodeBackend, agent: NixlAgent, staging_capacity_bytes: int | None) -> None:
+    def __init__(self, pool: NodeBackend, agent: OneSidedAgent, staging_capacity_bytes: int | None) -> None:
         """Registers the memory of `pool` now. Where that is refused, `off` says why, and nothing is lent."""
         self._pool, self._agent = pool, agent
         self._lock = threading.Lock()
@@ -104,6 +110,7 @@ class PoolLending:
         self._epoch = time.time_ns() >> 10  # differs from that of an earlier start of this node
         self._looked_s = float("-inf")
         self._held: dict[int, Callable[[], None]] = {}  # lease -> what frees its memory
+        self._attached: dict[Borrower, deque[Callable[[], None]]] = {}  # what ends a client's transfers
         self._wakes_s = float("inf")  # when the thread wakes that ends leases; mostly their blocks are returned before
         self._closed = False
         self.off: str | None = None
@@ -132,7 +139,7 @@ class PoolLending:
     @property
     def kind(self) -> str:
         """The transport's name in greetings; empty when nothing is lent."""
-        return "" if self.off is not None else "nixl"
+        return "" if self.off is not None else self._agent.kind
 
     @property
     def state(self) -> str:
@@ -160,19 +167,19 @@ class PoolLending:
     def _register(self) -> None:
         """Register memory of the pool that is new, deregister what has left it. Raises PoolError."""
         with self._registering:
-            wanted = {address_of(memory): memory for memory in self._memory()}
+            wanted = {address_of(memory): (memory, access) for memory, access in self._memory()}
             gone = [address for address in self._registrations if address not in wanted]
             new = [address for address in wanted if address not in self._registrations]
             for address in gone:
                 for handle in self._registrations.pop(address)[1]:
                     self._agent.deregister(handle)
             for address in new:
-                memory, handles = wanted[address], []
+                (memory, access), handles = wanted[address], []
                 try:
                     for at in range(0, len(memory), REGION_BYTES_MAX):
                         part = memory[at : at + REGION_BYTES_MAX]
                         _populate(part)
-                        handles.append(self._agent.register(part))
+                        handles.append(self._agent.register(part, access))
                 except PoolError:
                     for handle in handles:
                         self._agent.deregister(handle)
@@ -181,8 +188,9 @@ class PoolLending:
             if gone or new:
                 self._describe()
 
-    def _memory(self) -> list[memoryview]:
-        return [*self._pool.host_buffers(), self._staging, self._grantable]
+    def _memory(self) -> list[tuple[memoryview, Access]]:
+        readable = *self._pool.host_buffers(), self._staging
+        return [*((memory, "read") for memory in readable), (self._grantable, "write")]
 
     def _locate(self, address: int, size_bytes: int) -> tuple[int, int, int] | None:
         """Epoch, region and offset of registered memory; None where it is not all in one region."""
@@ -226,13 +234,22 @@ class PoolLending:
             for handle in handles:
                 self._agent.deregister(handle)
 
-    def attach(self) -> bytes:
-        """What a client needs to read, as bytes (`NodeMemory`). Raises PoolError."""
+    def attach(self, client: Borrower, request: bytes) -> bytes:
+        """What a client that asks with `request` needs to read, as bytes (`NodeMemory`). Raises PoolError."""
         if self.off is not None:
             raise PoolError("layout", self.off)
+        accepted, end = self._agent.accept(request)
+        replaced = None
         with self._lock:
+            of_client = self._attached.setdefault(client, deque())
+            of_client.append(end)
+            if len(of_client) > ATTACHED_MAX:
+                replaced = of_client.popleft()
             grant_bytes = self.grants.bytes_of_client_max if self.grants is not None else 0
-            described = msgspec.msgpack.encode(NodeMemory(self._metadata, self._regions, self._epoch, grant_bytes))
+            memory = NodeMemory(self._metadata, self._regions, self._epoch, grant_bytes, accepted)
+            described = msgspec.msgpack.encode(memory)
+        if replaced is not None:
+            replaced()
         if len(described) > wire.DESCRIPTION_BYTES_MAX:
             raise PoolError("full", f"the memory's description has {len(described)} bytes")
         return described
@@ -353,6 +370,10 @@ class PoolLending:
 
     def gone(self, client: Borrower) -> None:
         """A client's connection has ended: its leases and grants end."""
+        with self._lock:
+            attached = self._attached.pop(client, ())
+        for end in attached:
+            end()
         if self.grants is not None:
             self.grants.gone(client)
         with self._lock:
@@ -387,7 +408,10 @@ class PoolLending:
         with self._lock:
             self._closed = True
             ended, self._held = list(self._held.values()), {}
+            attached, self._attached = list(self._attached.values()), {}
             self._changed.notify_all()
+        for end in itertools.chain.from_iterable(attached):
+            end()
         for free in ended:
             free()
         if self.grants is not None:

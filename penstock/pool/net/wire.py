@@ -212,7 +212,8 @@ class HandedOver(msgspec.Struct, array_like=True, tag=10):
 class Attach(msgspec.Struct, array_like=True, tag=11):
     """To a relay: from now on blocks may be read one-sided, in both directions (`one_sided`). `client` is a unique id,
     `memory` the description with which transport `kind` reads the client's memory. To a pool node, which reads nothing
-    of its client's, both are empty. Answered by Attached or Failed."""
+    of its client's, `client` is empty, and `memory` what the node needs to accept the client. Answered by Attached or
+    Failed."""
 
     id: Id
     client: ClientName

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from penstock.core.config import ConfigError
 from penstock.core.new_block import tenant_tag
 from penstock.core.settings import setting
+from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS, RdmaTransport
 from penstock.pool.net.tls_flags import PeerSettings, named_file
 from penstock.units import parse_bytes, parse_rate
 
@@ -129,8 +130,12 @@ class NodeSettings(PeerSettings):
     )
     rdma: bool = setting(
         False,
-        "Let clients read and write blocks one-sided, by RDMA (needs penstock[nixl]). They can then overwrite all "
-        "memory of this node's pool: for clients that are trusted with it.",
+        "Let clients read and write blocks one-sided, by RDMA (needs penstock[nixl] or penstock[verbs]).",
+    )
+    rdma_transport: RdmaTransport = setting(
+        "nixl",
+        "How bytes move then: by nixl or by verbs. With nixl, clients can overwrite all memory of this node's pool: "
+        "for clients that are trusted with it. With verbs they can only read it.",
     )
     rdma_device: tuple[str, ...] = setting((), "An RDMA device to use, such as mlx5_0; may be repeated.", shown="all")
     replicate: float = setting(
@@ -168,15 +173,22 @@ class PoolConfig(NodeSettings):
     named_tenants_only: bool = False
     file: Path | None = None
 
+    def _check_rdma(self) -> None:
+        if self.rdma_transport not in RDMA_TRANSPORTS:
+            raise ConfigError(f"rdma_transport is {self.rdma_transport!r}; allowed: {', '.join(RDMA_TRANSPORTS)}")
+        if self.rdma and self.pace_bytes_per_s:
+            raise ConfigError("rdma and pace are both given; allowed: one of them, one-sided reads have no pace")
+        if self.rdma_transport != "nixl" and not self.rdma:
+            raise ConfigError("rdma_transport is given without rdma; allowed: both, or none")
+        if self.rdma_device and not self.rdma:
+            raise ConfigError("rdma_device is given without rdma; allowed: both, or none")
+
     def __post_init__(self) -> None:
         if not self.members:
             raise ConfigError("the pool has no member; allowed: at least one size of memory, slab or [[member]]")
         if len(self.members) > MEMBERS_MAX:
             raise ConfigError(f"the pool has {len(self.members)} members; allowed: at most {MEMBERS_MAX}")
-        if self.rdma and self.pace_bytes_per_s:
-            raise ConfigError("rdma and pace are both given; allowed: one of them, one-sided reads have no pace")
-        if self.rdma_device and not self.rdma:
-            raise ConfigError("rdma_device is given without rdma; allowed: both, or none")
+        self._check_rdma()
         if not 0 <= self.replicate <= REPLICATE_MAX:
             raise ConfigError(f"replicate is {self.replicate}; allowed: from 0 (no copies) to {REPLICATE_MAX}")
         for what in ("connections", "connections_per_address"):

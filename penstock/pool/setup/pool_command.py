@@ -31,8 +31,8 @@ from penstock.units import format_address, format_bytes, parse_address, parse_by
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from penstock.pool.net.nixl_agent import NixlAgent
     from penstock.pool.net.node import PoolNode
+    from penstock.pool.net.one_sided_agent import OneSidedAgent
     from penstock.pool.node_backend import NodeBackend
     from penstock.pool.setup.config import MemberConfig, PoolConfig
     from penstock.pool.setup.reload import LiveConfig, ReadConfig
@@ -84,8 +84,8 @@ class NodeFlags(NodeSettings):
 PANELS = {
     "": (
         *("listen", "memory", "slab", "weight", "processes", "state", "name", "pace", "staging", "connections"),
-        *("connections_per_address", "replicate", "rdma", "rdma_device", "metrics_listen", "metrics_key_file"),
-        "secret_file",
+        *("connections_per_address", "replicate", "rdma", "rdma_transport", "rdma_device"),
+        *("metrics_listen", "metrics_key_file", "secret_file"),
     ),
     TLS_PANEL: TLS_NAMES,
 }
@@ -201,14 +201,14 @@ def serve_node(
         served.close(CLOSE_TIMEOUT_S)
 
 
-def _one_sided(config: PoolConfig) -> NixlAgent | None:
+def _one_sided(config: PoolConfig) -> OneSidedAgent | None:
     """The agent for one-sided reads, where the configuration asks for it. Raises ConfigError."""
     if not config.rdma:
         return None
-    from penstock.pool.net.nixl_agent import NixlAgent
+    from penstock.pool.net.open_agent import open_agent
 
-    agent = NixlAgent(config.rdma_device)
-    if agent.transport != "rdma":
+    agent = open_agent(config.rdma_transport, config.rdma_device)
+    if agent.transport == "shared memory":
         log.warning("rdma is asked for, and this host has no RDMA device: only clients of this host use it")
     if config.peer_tls_cert is not None:
         log.warning("blocks that clients read or write one-sided are not encrypted: TLS covers messages only")

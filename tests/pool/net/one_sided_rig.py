@@ -19,6 +19,7 @@ from penstock.pool.api import Pool
 from penstock.pool.net import one_sided_writes, ways
 from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.one_sided_agent import OneSidedAgent
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.node_backend import NodeBackend
 from tests.pool import helpers
@@ -105,7 +106,7 @@ class OneSidedRig:
         self.undo = undo
         self.arena = Arena()
 
-    def node(self, pool: NodeBackend, port: int = 0, agent: NixlAgent | None = None, **options: object) -> PoolNode:
+    def node(self, pool: NodeBackend, port: int = 0, agent: OneSidedAgent | None = None, **options: object) -> PoolNode:
         options.setdefault("staging_capacity_bytes", 16 * MIB)
         made: PoolNode = PoolNode(pool, "127.0.0.1", port, one_sided=agent or NixlAgent(), **options)  # type: ignore[arg-type]
         self.undo.callback(made.close, 5.0)

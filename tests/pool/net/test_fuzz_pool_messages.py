@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from penstock.pool.net.node import PoolNode
 from penstock.pool.net.pool_lending import NodeMemory, Region, decode_node_memory
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.shared_memory import MemoryFile, SharedMemoryMover
+from penstock.pool.net.verbs_messages import QueueEnd, RemotePart, decode_ends, decode_parts, encode
 from penstock.pool.setup.open import open_local_pool
 from penstock.server.template_renderer import Answer
 from tests.fuzz_messages import MESSAGES, Protocol, fuzz_kind
@@ -42,7 +44,8 @@ NO_MESSAGES = {
 }
 DECODING = {  # modules that decode what another process sends, each fuzzed or tested by itself; framing: for others
     "cluster/agent_wire.py", "cluster/router/fronts/wire.py", "cluster/wire.py", "framing.py",
-    "pool/net/nixl_mover.py", "pool/net/pool_lending.py", "pool/net/shared_memory.py", "pool/net/wire.py",
+    "pool/net/nixl_mover.py", "pool/net/pool_lending.py", "pool/net/shared_memory.py",
+    "pool/net/verbs_messages.py", "pool/net/wire.py",
     "server/template_process.py", "server/template_renderer.py",
     "vllm/link.py",
 }  # fmt: skip
@@ -70,7 +73,7 @@ def test_every_field_has_bounds(protocol: Protocol) -> None:
     assert len(protocol.kinds) > 10 and protocol.missing_bounds() == []
 
 
-@pytest.mark.parametrize("record", [MemoryFile, AgentMemory, NodeMemory, Answer])
+@pytest.mark.parametrize("record", [MemoryFile, AgentMemory, NodeMemory, QueueEnd, RemotePart, Answer])
 def test_every_field_of_what_travels_within_messages_has_bounds(record: type) -> None:
     assert Protocol(record.__name__, record, lambda raw: None, ValueError).missing_bounds() == []
 
@@ -152,6 +155,27 @@ def test_descriptions_of_a_nodes_memory_are_refused_or_understood() -> None:
         with pytest.raises(wire.ProtocolError) as refused:
             decode_node_memory(description)
         assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("good", "decode"),
+    [(QueueEnd(17, 99, 0, b"g" * 16, 5, 16), decode_ends), (RemotePart(4096, 8192, [7, 8]), decode_parts)],
+    ids=["queue pairs", "registered memory"],
+)
+def test_descriptions_of_verbs_are_refused_or_understood(
+    good: QueueEnd | RemotePart, decode: Callable[[bytes], list[Any]]
+) -> None:
+    assert decode(encode([good])) == [good] and decode(encode([])) == []
+    record = msgspec.msgpack.decode(encode([good]))[0]
+    others: tuple[Any, ...] = (-1, "x", None, 1.5, [[]], [-1], [1 << 32], list(range(9)), b"g" * 17)
+    changed = [[*record[:at], other, *record[at + 1 :]] for at in range(len(record)) for other in others]
+    cut = [encode([good])[:at] for at in range(len(encode([good])))]
+    for description in [*(msgspec.msgpack.encode([one]) for one in changed), *cut, b"\x91" * 100_000]:
+        with pytest.raises(wire.ProtocolError) as refused:
+            decode(description)
+        assert len(str(refused.value)) < 500
+    with pytest.raises(wire.ProtocolError):
+        decode(encode([good] * 5000))
 
 
 def test_a_hit_that_cannot_travel_costs_itself_and_not_those_beside_it() -> None:

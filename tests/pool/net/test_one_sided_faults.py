@@ -18,8 +18,9 @@ from penstock.cli import app
 from penstock.pool.api import PoolError
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.net import memory_attachment, wire
-from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer, Operation, Span
+from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.one_sided_agent import Operation, Span
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.setup.open import open_local_pool
@@ -48,7 +49,7 @@ class Faulty(NixlAgent):
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneSidedRig]:
-    monkeypatch.setattr(memory_attachment, "NixlAgent", Faulty)
+    monkeypatch.setattr(memory_attachment, "open_agent", lambda kind: Faulty())
     monkeypatch.setattr(Faulty, "before", None)
     monkeypatch.setattr(Faulty, "around", None)
     with contextlib.ExitStack() as undo:

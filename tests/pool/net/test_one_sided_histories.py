@@ -50,7 +50,7 @@ class Node:
         self.reader = reader
         self.pool: LocalPool = open_local_pool([BLOCKS * SIZE], [])
         self.lending = PoolLending(self.pool, agent, SIZE)
-        self.memory: NodeMemory = decode_node_memory(self.lending.attach())
+        self.memory: NodeMemory = decode_node_memory(self.lending.attach(Client(), b""))
         self.peer = reader.add_peer(self.memory.metadata)
         self.present: set[bytes] = set()
         self.leased: dict[int, tuple[Client, bytes]] = {}

@@ -16,10 +16,11 @@ from penstock.pool.api import PoolError
 from penstock.pool.authenticated import authenticated
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.mac import PoolKey
-from penstock.pool.net import memory_attachment, nixl_agent, pool_lending, wire
+from penstock.pool.net import open_agent, pool_lending, rdma_devices, wire
 from penstock.pool.net.connect import open_union
 from penstock.pool.net.nixl_agent import NixlAgent
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.one_sided_agent import Access
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.secret import Secret
 from penstock.pool.setup.node_metrics import node_metrics
@@ -127,7 +128,7 @@ def test_a_node_without_rdma_is_read_in_messages_and_says_so(rig: OneSidedRig, t
 def test_a_client_without_nixl_reads_in_messages_and_says_so(
     rig: OneSidedRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_attachment, "nixl_installed", lambda: False)
+    monkeypatch.setattr(open_agent, "transport_installed", lambda kind: False)
     client = RemotePool(*rig.node(pool_of(rig, tmp_path)).address)
     rig.undo.callback(client.close, 5.0)
     client.register(rig.arena.memory)
@@ -139,7 +140,7 @@ def test_a_client_without_nixl_reads_in_messages_and_says_so(
 class NoMemory(NixlAgent):
     """An agent on a host where no memory may be locked."""
 
-    def register(self, memory: memoryview) -> object:
+    def register(self, memory: memoryview, access: Access = "read") -> object:
         raise PoolError("device", "Cannot allocate memory")
 
 
@@ -159,12 +160,12 @@ def test_a_node_that_may_not_lock_memory_is_read_in_messages_and_says_so(rig: On
 def test_devices_say_which_numa_node_they_are_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[int | None], want: int | None
 ) -> None:
-    monkeypatch.setattr(nixl_agent, "RDMA_DEVICES", tmp_path)
+    monkeypatch.setattr(rdma_devices, "RDMA_DEVICES", tmp_path)
     for number, node in enumerate(nodes):
         (tmp_path / f"mlx5_{number}" / "device").mkdir(parents=True)
         if node is not None:
             (tmp_path / f"mlx5_{number}" / "device" / "numa_node").write_text(f"{node}\n")
-    assert nixl_agent.numa_node_of(nixl_agent.rdma_devices()) == want
+    assert rdma_devices.numa_node_of(rdma_devices.rdma_devices()) == want
 
 
 def test_staging_memory_lies_on_the_numa_node_of_the_devices(rig: OneSidedRig, tmp_path: Path) -> None:

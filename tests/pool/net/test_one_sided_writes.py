@@ -17,8 +17,9 @@ from penstock.pool.checksum import block_checksum
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.net import memory_attachment, one_sided_writes, pool_grants, wire
 from penstock.pool.net.connect import open_union
-from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer, Operation, Span
+from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer
 from penstock.pool.net.node import PoolNode
+from penstock.pool.net.one_sided_agent import Operation, Span
 from penstock.pool.net.pool_grants import PoolGrants
 from penstock.pool.net.pool_lending import NodeMemory, decode_node_memory
 from penstock.pool.net.remote import RemotePool
@@ -47,7 +48,7 @@ class Faulty(NixlAgent):
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[OneSidedRig]:
-    monkeypatch.setattr(memory_attachment, "NixlAgent", Faulty)
+    monkeypatch.setattr(memory_attachment, "open_agent", lambda kind: Faulty())
     monkeypatch.setattr(Faulty, "before", None)
     monkeypatch.setattr(Faulty, "around", None)
     with contextlib.ExitStack() as undo:

@@ -200,7 +200,11 @@ def test_rdma_by_file(tmp_path: Path) -> None:
     read = config(tmp_path, 'rdma = true\nrdma_device = ["mlx5_0", "mlx5_1"]\n' + MEMORY)
     assert read.rdma and read.rdma_device == ("mlx5_0", "mlx5_1")
     assert config(tmp_path, 'rdma = true\nrdma_device = "mlx5_0"\n' + MEMORY).rdma_device == ("mlx5_0",)
+    assert read.rdma_transport == "nixl"
+    assert config(tmp_path, 'rdma = true\nrdma_transport = "verbs"\n' + MEMORY).rdma_transport == "verbs"
     assert not config(tmp_path, MEMORY).rdma
+    assert "rdma_transport is given without rdma" in refused(tmp_path, 'rdma_transport = "verbs"\n' + MEMORY)
+    assert "nixl, verbs" in refused(tmp_path, 'rdma = true\nrdma_transport = "tcp"\n' + MEMORY)
     assert "rdma_device is given without rdma" in refused(tmp_path, 'rdma_device = "mlx5_0"\n' + MEMORY)
     assert "rdma and pace are both given" in refused(tmp_path, 'rdma = true\npace = "1GB/s"\n' + MEMORY)
 
