@@ -32,6 +32,7 @@ from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.checksum import block_checksum, checksum_seed
 from penstock.pool.net import lanes, wire
 from penstock.pool.net.link_watch import LinkWatch
+from penstock.pool.net.payload_receiver import PIECE_BYTES, PayloadReceiver
 from penstock.pool.net.reply_reader import ReplyReader
 from penstock.pool.net.secret import Secret, SecretRefused, prove_as_client
 from penstock.pool.net.tls import PeerTls
@@ -44,12 +45,10 @@ SENDER_END_S = 3.0 * wire.STALL_S  # limit of the wait for a send in progress, w
 PARK_S = 0.5  # a connection without requests has its thread for so long
 ASKED_PARK_S = 0.005  # so, where the last request was one whose sender waits: the next one needs no thread
 SENDS_WAITING_MAX = 256  # the link has far fewer requests on one connection
-VERIFY_BYTES = 256 << 10  # received and verified in such pieces: they are in the processor's cache then
 ASKED = wire.Lookup | wire.Evict | wire.Stat  # requests whose senders wait for the answer
 # Who reads: the receiver thread; nobody, and `link_watch` watches ("parked"); nobody until who asked waits for the
 # answer ("asked"); a thread that waits for its answer ("caller").
 Reader = Literal["thread", "parked", "asked", "caller"]
-SPAN_VERIFY_BYTES = 1 << 20  # blocks of a span that are received before they are verified
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +133,7 @@ class Connection:
             raise
         if self.lane == "control" and self._sock is self._tcp:
             self._replies = ReplyReader(self._tcp)
+        self._payload = PayloadReceiver(self._sock)
 
     def start(self) -> None:
         """Start the receiver thread. Raises RuntimeError or MemoryError where the operating system starts no thread;
@@ -448,23 +448,28 @@ class Connection:
         if reply.key != message.key or payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another block than the requested one")
         check, buffer = pending.checks[0], pending.buffers[0]
-        digest = xxhash.xxh3_64(seed=checksum_seed(message.key)) if check is None else None
+        error = self._receive_verified(message.key, buffer, check, reply.checksum, reply.mac)
+        self._payload.end()
+        taken = self._take(reply.id)
+        if error is not None:
+            self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
+        self._end(taken, reply, error)
+
+    def _receive_verified(
+        self, key: BlockKey, buffer: memoryview, check: ReadCheck | None, checksum: int, mac: bytes
+    ) -> PoolError | None:
+        """Receive a block, and verify it piece by piece; returns what is wrong with it."""
+        digest = xxhash.xxh3_64(seed=checksum_seed(key)) if check is None else None
         self._check_open()
-        for piece in wire.receive_pieces(self._sock, buffer, VERIFY_BYTES):
+        for piece in self._payload.pieces(buffer):
             self.heard_s = time.monotonic()
             if digest is not None:
                 digest.update(piece)
             if self._cut_reason is not None:
                 raise ConnectionError(self._cut_reason)
-        error: PoolError | None = None
         if check is not None:  # a MAC is computed over the whole block
-            error = check(buffer, reply.checksum, reply.mac)
-        elif digest is not None and digest.intdigest() != reply.checksum:
-            error = _damaged(message.key)
-        taken = self._take(reply.id)
-        if error is not None:
-            self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
-        self._end(taken, reply, error)
+            return check(buffer, checksum, mac)
+        return _damaged(key) if digest is not None and digest.intdigest() != checksum else None
 
     def _receive_span(self, reply: wire.Blocks, payload_bytes: int) -> None:
         """Receive and verify the blocks that are here; the request ends with one error or None for each block."""
@@ -478,16 +483,22 @@ class Connection:
         keys, checksums = wire.split_keys(reply.keys), wire.unpack_checksums(reply.checksums)
         macs = reply.macs or [b""] * len(keys)
         errors = wire.errors_of(reply.states, reply.detail)
-        for some in parts(here, message.size_bytes, SPAN_VERIFY_BYTES):
-            self._check_open()
-            wire.receive_scattered(self._sock, [pending.buffers[at] for at in some])
-            self.heard_s = time.monotonic()
-            for at in some:
-                check, buffer = pending.checks[at], pending.buffers[at]
-                if check is not None:
-                    errors[at] = check(buffer, checksums[at], macs[at])
-                elif block_checksum(keys[at], buffer) != checksums[at]:
-                    errors[at] = _damaged(keys[at])
+        buffers, checks = pending.buffers, pending.checks
+        together = PIECE_BYTES // message.size_bytes
+        if together < 2:
+            for at in here:
+                errors[at] = self._receive_verified(keys[at], buffers[at], checks[at], checksums[at], macs[at])
+        else:
+            for some in parts(here, message.size_bytes, PIECE_BYTES):
+                self._check_open()
+                self._payload.fill([buffers[at] for at in some])
+                self.heard_s = time.monotonic()
+                for at in some:
+                    if (check := checks[at]) is not None:
+                        errors[at] = check(buffers[at], checksums[at], macs[at])
+                    elif block_checksum(keys[at], buffers[at]) != checksums[at]:
+                        errors[at] = _damaged(keys[at])
+        self._payload.end()
         taken = self._take(reply.id)
         for at in here:
             if (error := errors[at]) is not None:

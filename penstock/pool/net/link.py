@@ -212,6 +212,7 @@ class NodeLink:
             with self._lock:
                 pending.ended = True
                 self._live -= 1
+            pending.buffers = pending.checks = ()  # it stays among the deadlines for a while
             if error is not None and (what != "write" or error.reason != "dropped"):  # the node logs those
                 note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)

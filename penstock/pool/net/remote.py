@@ -208,7 +208,7 @@ class RemotePool:
         if self._read_one_sided(keys, size_bytes, intos, timeout_s, done, checks):
             return
         at_most = self._link.node.span_bytes_max
-        if 2 * staging_bytes(size_bytes) > at_most or any(len(into) < size_bytes for into in intos):
+        if 2 * staging_bytes(size_bytes) > at_most or min(map(len, intos)) < size_bytes:
             read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
             return
         gather = Gather(len(keys), done)
@@ -262,7 +262,7 @@ class RemotePool:
                     note_error(what, f"{self._link.what} {self.place}", error)
             errors = [error] * blocks
         else:
-            for one in errors:
+            for one in filter(None, errors):
                 note_error(what, f"{self._link.what} {self.place}", one)
         ended(errors)
 

@@ -766,13 +766,18 @@ def receive_scattered(sock: Stream, views: Sequence[memoryview]) -> None:
             raise TimeoutError(f"the peer sent nothing for {STALL_S} s in the middle of a message") from None
         if not received:
             raise ConnectionError("the peer closed the connection")
-        filled = 0
-        while filled < len(left) and received >= len(left[filled]):
-            received -= len(left[filled])
-            filled += 1
-        del left[:filled]
-        if received:
-            left[0] = left[0][received:]
+        drop_received(left, received)
+
+
+def drop_received(left: list[memoryview], received: int) -> None:
+    """Take as many bytes as were received off the beginning of the views."""
+    filled = 0
+    while filled < len(left) and received >= len(left[filled]):
+        received -= len(left[filled])
+        filled += 1
+    del left[:filled]
+    if received:
+        left[0] = left[0][received:]
 
 
 def frame_lengths(head: bytes | bytearray | memoryview) -> tuple[int, int]:

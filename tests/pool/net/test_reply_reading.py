@@ -220,7 +220,7 @@ def test_a_large_block_costs_both_sides_few_calls(rig: NodeRig) -> None:
         threading.setprofile(None)
     of_client = counts["penstock-read-receive"]
     of_node = sum(count for name, count in counts.items() if name.startswith("penstock-node-127"))
-    assert 0 < of_client < 200 * blocks, "241 before, with a piece verified at a time by calls of its own"
+    assert 0 < of_client < 130 * blocks, "186 before, in pieces of 256 KiB"
     assert 0 < of_node < 140 * blocks
 
 
