@@ -35,7 +35,8 @@ from penstock.process.guarded_thread import GuardedWorker
 
 log = logging.getLogger(__name__)
 
-SPAN_BYTES_MAX = 16 << 20  # of the blocks that are lent together, if they are several
+SPAN_BYTES_MAX = 64 << 20  # of the blocks that are lent together, if they are several
+AHEAD_BYTES_MAX = 16 << 20  # with more on their way, blocks wait, so that several are lent by one message
 TRANSFER_BYTES = 8 << 20  # a transfer has as many blocks; they are verified while the next is under way
 OPEN_BYTES_MAX = 128 << 20  # of all blocks that are being lent or read
 LENDS_MAX = 2  # LendMany without a complete answer
@@ -61,6 +62,7 @@ class BlockRead:
     check: ReadCheck | None
     taken: bool = False  # its end, or its way on in messages, has been decided
     counted: bool = False  # its bytes are among those that are being lent or read
+    ahead: bool = False  # nor have they arrived
 
 
 _Lent = tuple[BlockRead, wire.LentBlock]
@@ -82,7 +84,7 @@ class OneSidedReads:
         self._lock = threading.Lock()
         self._waiting: deque[BlockRead] = deque()
         self._asked: set[BlockRead] = set()  # those of a LendMany that is not answered
-        self._lends = self._open_bytes = 0
+        self._lends = self._open_bytes = self._ahead_bytes = 0
         self._verifying: GuardedWorker | None = None
         memory.watch(self)
 
@@ -111,8 +113,9 @@ class OneSidedReads:
                 lend = _Lend(dict(enumerate(blocks)))
                 self._lends += 1
                 for one in blocks:
-                    one.counted = True
+                    one.counted = one.ahead = True
                     self._open_bytes += one.size_bytes
+                    self._ahead_bytes += one.size_bytes
                 self._asked.update(blocks)
             self._memory.look_soon()
             keys, sizes = b"".join(one.key for one in blocks), [one.size_bytes for one in blocks]
@@ -122,7 +125,7 @@ class OneSidedReads:
 
     def _next_span(self) -> list[BlockRead]:
         """Take the blocks to be lent next; the lock is held."""
-        if self._lends >= LENDS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
+        if self._lends >= LENDS_MAX or self._open_bytes >= OPEN_BYTES_MAX or self._ahead_bytes > AHEAD_BYTES_MAX:
             return []
         blocks: list[BlockRead] = []
         size_bytes = 0
@@ -208,6 +211,10 @@ class OneSidedReads:
     def _arrived(self, blocks: list[_Lent], error: PoolError | None) -> None:
         """A transfer has ended: verify its blocks, or read them in messages."""
         self._memory.give_back([lent.lease for _, lent in blocks])
+        with self._lock:
+            for one, _ in blocks:
+                self._not_ahead(one)
+        self._lend_next()
         if error is not None:
             self._memory.failed(error, detach=True)
             for one, _ in blocks:
@@ -295,10 +302,17 @@ class OneSidedReads:
     def _freed(self, one: BlockRead) -> None:
         """The block takes part in no limit any more."""
         with self._lock:
+            self._not_ahead(one)
             if one.counted:
                 one.counted = False
                 self._open_bytes -= one.size_bytes
         self._lend_next()
+
+    def _not_ahead(self, one: BlockRead) -> None:
+        """The block is on its way no more; the lock is held."""
+        if one.ahead:
+            one.ahead = False
+            self._ahead_bytes -= one.size_bytes
 
     def end_waiting(self) -> None:
         """End reads that wait: the pool is closed."""

@@ -1,0 +1,130 @@
+"""How many messages ask for blocks that are read one-sided: those that wait while others are on their way share one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from penstock.io.memory import aligned_buffer
+from penstock.pool.api import PoolError
+from penstock.pool.net import one_sided_reads, wire
+from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
+from tests.pool.helpers import key_of
+from tests.pool.net.node_rig import WAIT_S
+
+SIZE = 4096
+DEADLINE_S = 1e12
+
+
+class Link:
+    """Keeps the messages, and what their answers call."""
+
+    def __init__(self) -> None:
+        self.node, self.place = SimpleNamespace(one_sided="nixl"), "a node"
+        self.asked: list[tuple[wire.LendMany, Callable[[Any, PoolError | None], None]]] = []
+
+    def next_id(self) -> int:
+        return len(self.asked)
+
+    def begin(self, message: wire.LendMany, timeout_s: float, ended: Any, part: Any) -> None:
+        self.asked.append((message, ended))
+
+    def answer(self, number: int) -> None:
+        message, ended = self.asked[number]
+        lent = [wire.LentBlock(index, 1 + index) for index in range(len(message.sizes))]
+        ended(wire.LentMany(message.id, 0, lent), None)
+
+    @property
+    def blocks(self) -> list[int]:
+        return [len(message.sizes) for message, _ in self.asked]
+
+
+class Memory:
+    """Keeps the transfers."""
+
+    def __init__(self) -> None:
+        self.attached = SimpleNamespace(memory=SimpleNamespace(epoch=0), address=lambda region, offset, size: offset)
+        self.under_way: list[Callable[[PoolError | None], None]] = []
+        self.failures = 0
+
+    def watch(self, watcher: object) -> None:
+        pass
+
+    def look_soon(self) -> None:
+        pass
+
+    def succeeded(self) -> None:
+        pass
+
+    def ready(self, parts: Sequence[tuple[memoryview, int]]) -> bool:
+        return True
+
+    def run(self, task: Callable[[], None]) -> bool:
+        task()
+        return True
+
+    def take_returns(self) -> list[int]:
+        return []
+
+    def give_back(self, leases: Sequence[int]) -> None:
+        pass
+
+    def failed(self, error: PoolError, detach: bool) -> None:
+        self.failures += 1
+
+    def begin(self, operation: str, attached: object, spans: Sequence[object], ended: Any) -> None:
+        self.under_way.append(ended)
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.link, self.memory = Link(), Memory()
+        self.in_messages: list[BlockRead] = []
+        self.reads = OneSidedReads(self.link, self.memory, self.in_messages.append)  # type: ignore[arg-type]
+
+    def read(self, name: str) -> None:
+        block = BlockRead(key_of(name), SIZE, aligned_buffer(SIZE), DEADLINE_S, lambda *_: None, lambda *_: None)
+        assert self.reads.read([block])
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(one_sided_reads, "AHEAD_BYTES_MAX", 2 * SIZE)
+    made = Rig()
+    yield made
+    made.reads.close(WAIT_S)
+
+
+def test_blocks_that_wait_while_enough_are_on_their_way_share_a_message(rig: Rig) -> None:
+    for number in range(3):
+        rig.read(f"first {number}")
+        rig.link.answer(number)
+    assert rig.link.blocks == [1, 1, 1], "alone, a block does not wait"
+    for number in range(8):
+        rig.read(f"then {number}")
+    assert rig.link.blocks == [1, 1, 1], "12 KiB are on their way"
+    rig.memory.under_way[0](None)
+    assert rig.link.blocks == [1, 1, 1, 8], "one message for all that waited"
+    for _ in range(8):
+        rig.read("later")
+    for ended in rig.memory.under_way[1:3]:
+        ended(None)
+    assert rig.link.blocks == [1, 1, 1, 8]
+    rig.link.answer(3)
+    rig.memory.under_way[3](None)
+    assert rig.link.blocks == [1, 1, 1, 8, 8]
+
+
+@pytest.mark.parametrize("fault", ["transfer", "lend"])
+def test_blocks_that_fail_hold_up_no_others(rig: Rig, fault: str) -> None:
+    for number in range(4):
+        rig.read(str(number))
+        if number < 3:
+            rig.link.answer(number) if fault == "transfer" else rig.link.asked[number][1](None, PoolError("full", ""))
+    for ended in rig.memory.under_way[:]:
+        ended(PoolError("network", "as planned"))
+    assert sum(rig.link.blocks) == 4, "the fourth was asked for"
+    assert len(rig.in_messages) == 3 and rig.memory.failures == 3
