@@ -1,4 +1,4 @@
-"""The limit of `bench transport`: sendall and recv_into between two processes, nothing else."""
+"""The limits of `bench transport`: sendall and recv_into between two processes, alone and with the checksum."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import struct
 import threading
 import time
 
+import xxhash
+
 from penstock.bench.processes import ReadyProcess
 from penstock.io.memory import aligned_buffer
 from penstock.process.child_python import python_command
@@ -17,6 +19,7 @@ from penstock.process.child_python import python_command
 READY = re.compile(r"bare server ready on ([\w.:]+:\d+)")
 ORDER = struct.Struct("<QQ")  # size and count of the messages that a connection requests
 SET_BYTES = 64 << 20  # distinct bytes, so that sends do not come from the processor's caches
+CHECKED_BYTES = 512 << 10  # these lie in a processor's own cache when the checksum is computed
 TIMEOUT_S = 20.0
 
 
@@ -45,11 +48,15 @@ def _send(sock: socket.socket, memory: memoryview) -> None:
             sock.sendall(memory[at : at + size_bytes])
 
 
-def run_bare(address: str, size_bytes: int, count: int, connections: int, buffers: memoryview) -> float:
-    """Seconds for `count` messages over `connections`, received into rotating parts of `buffers`."""
+def run_bare(
+    address: str, size_bytes: int, count: int, connections: int, buffers: memoryview, checksums: bool = False
+) -> float:
+    """Seconds for `count` messages over `connections`, received into rotating parts of `buffers`; with `checksums`,
+    each piece of CHECKED_BYTES is received whole, and taken into the message's checksum at once."""
     host, _, port = address.rpartition(":")
     socks = [socket.create_connection((host, int(port)), timeout=TIMEOUT_S) for _ in range(connections)]
     slots = len(buffers) // size_bytes // connections
+    piece_bytes = min(size_bytes, CHECKED_BYTES) if checksums else size_bytes
     failures: list[OSError] = []
 
     def receive(number: int, sock: socket.socket) -> None:
@@ -58,12 +65,16 @@ def run_bare(address: str, size_bytes: int, count: int, connections: int, buffer
             sock.sendall(ORDER.pack(size_bytes, count // connections))
             for i in range(count // connections):
                 at = (number * slots + i % slots) * size_bytes
-                got = 0
+                into, digest, got = buffers[at : at + size_bytes], xxhash.xxh3_64(), 0
                 while got < size_bytes:
-                    received = sock.recv_into(buffers[at + got : at + size_bytes], 0, socket.MSG_WAITALL)
+                    piece = into[got : got + piece_bytes]
+                    received = sock.recv_into(piece, 0, socket.MSG_WAITALL)
                     if received == 0:
                         raise ConnectionError("the bare server closed the connection")
+                    if checksums:
+                        digest.update(piece[:received])
                     got += received
+                digest.intdigest()
         except OSError as error:
             failures.append(error)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from penstock.pool.net import wire
 from penstock.pool.net.tls_socket import Stream
 
-PIECE_BYTES = 512 << 10  # these lie in a processor's own cache when they are verified
+PIECE_BYTES = 1 << 20  # these are in the processor's caches when they are verified
 TLS_PIECE_BYTES = 256 << 10  # they pass through the cache twice
 WAKE_BYTES_MIN = 64 << 10  # for fewer bytes, to tell the kernel would cost more than it saves
 
