@@ -41,7 +41,7 @@ NO_MEMORY = NodeMemory(b"", [], 0)
 PROBE_BYTES = 4096
 POLL_S = (50e-6, 1e-3)  # pause between two looks at the transfers under way; grows while nothing ends
 LOOK_S = 0.05  # interval of the search for what its deadline has passed for, while something waits
-RETURN_S = 2e-3  # a lease is returned so much later at most, together with others
+RETURN_S = 5e-3  # a lease is returned so much later at most, together with others
 RETURNS_MAX = 32  # leases that are returned at once
 
 Ended = Callable[[PoolError | None], None]
@@ -95,6 +95,7 @@ class MemoryAttachment:
         self._tasks: deque[Callable[[], None]] = deque()
         self._transfers: list[tuple[OneSidedTransfer, Ended]] = []  # of the thread alone
         self._unreturned: list[int] = []
+        self._returned_s = 0.0  # when leases were returned last
         self._watchers: list[Watcher] = []
         self._asleep = False  # the thread waits without a limit
         self._thread: GuardedThread | None = None
@@ -191,6 +192,7 @@ class MemoryAttachment:
                 self._unreturned[: wire.LEND_BLOCKS_MAX],
                 self._unreturned[wire.LEND_BLOCKS_MAX :],
             )
+            self._returned_s = time.monotonic()
         return leases
 
     def send_returns(self) -> None:
@@ -247,7 +249,7 @@ class MemoryAttachment:
 
     def _run(self) -> None:
         pause_s = POLL_S[0]
-        looked_s = returned_s = 0.0
+        looked_s = 0.0
         while True:
             tasks = self._wait(pause_s)
             if tasks is None:
@@ -263,9 +265,7 @@ class MemoryAttachment:
             self._poll_probe()
             pause_s = POLL_S[0] if tasks or len(self._transfers) < before else min(2 * pause_s, POLL_S[1])
             now_s = time.monotonic()
-            if not self._unreturned:
-                returned_s = now_s
-            elif now_s >= returned_s + RETURN_S:
+            if self._unreturned and now_s >= self._returned_s + RETURN_S:
                 self.send_returns()
             if now_s >= looked_s + LOOK_S:
                 looked_s = now_s

@@ -35,7 +35,7 @@ from penstock.process.guarded_thread import GuardedWorker
 
 log = logging.getLogger(__name__)
 
-SPAN_BYTES_MAX = 64 << 20  # of the blocks that are lent together, if they are several
+SPAN_BYTES_MAX = 32 << 20  # of the blocks that are lent together, if they are several
 AHEAD_BYTES_MAX = 16 << 20  # with more on their way, blocks wait, so that several are lent by one message
 TRANSFER_BYTES = 8 << 20  # a transfer has as many blocks; they are verified while the next is under way
 OPEN_BYTES_MAX = 128 << 20  # of all blocks that are being lent or read
@@ -214,7 +214,6 @@ class OneSidedReads:
         with self._lock:
             for one, _ in blocks:
                 self._not_ahead(one)
-        self._lend_next()
         if error is not None:
             self._memory.failed(error, detach=True)
             for one, _ in blocks:
@@ -243,6 +242,7 @@ class OneSidedReads:
     # --- verification ---
 
     def _verify_some(self, blocks: list[_Lent]) -> None:
+        self._lend_next()  # here, as the attachment's thread copies the next blocks
         for one, lent in blocks:
             try:
                 self._verify(one, lent)

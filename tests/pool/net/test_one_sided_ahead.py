@@ -12,7 +12,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import one_sided_reads, wire
 from penstock.pool.net.one_sided_reads import BlockRead, OneSidedReads
-from tests.pool.helpers import key_of
+from tests.pool.helpers import key_of, until
 from tests.pool.net.node_rig import WAIT_S
 
 SIZE = 4096
@@ -48,7 +48,7 @@ class Memory:
     def __init__(self) -> None:
         self.attached = SimpleNamespace(memory=SimpleNamespace(epoch=0), address=lambda region, offset, size: offset)
         self.under_way: list[Callable[[PoolError | None], None]] = []
-        self.failures = 0
+        self.failures = self.verified = 0
 
     def watch(self, watcher: object) -> None:
         pass
@@ -57,7 +57,7 @@ class Memory:
         pass
 
     def succeeded(self) -> None:
-        pass
+        self.verified += 1
 
     def ready(self, parts: Sequence[tuple[memoryview, int]]) -> bool:
         return True
@@ -85,6 +85,11 @@ class Rig:
         self.in_messages: list[BlockRead] = []
         self.reads = OneSidedReads(self.link, self.memory, self.in_messages.append)  # type: ignore[arg-type]
 
+    def arrive(self, number: int) -> None:
+        """A transfer ends, and its blocks are verified."""
+        self.memory.under_way[number](None)
+        until(lambda: self.memory.verified > number, WAIT_S)
+
     def read(self, name: str) -> None:
         block = BlockRead(key_of(name), SIZE, aligned_buffer(SIZE), DEADLINE_S, lambda *_: None, lambda *_: None)
         assert self.reads.read([block])
@@ -106,15 +111,15 @@ def test_blocks_that_wait_while_enough_are_on_their_way_share_a_message(rig: Rig
     for number in range(8):
         rig.read(f"then {number}")
     assert rig.link.blocks == [1, 1, 1], "12 KiB are on their way"
-    rig.memory.under_way[0](None)
+    rig.arrive(0)
     assert rig.link.blocks == [1, 1, 1, 8], "one message for all that waited"
     for _ in range(8):
         rig.read("later")
-    for ended in rig.memory.under_way[1:3]:
-        ended(None)
+    rig.arrive(1)
+    rig.arrive(2)
     assert rig.link.blocks == [1, 1, 1, 8]
     rig.link.answer(3)
-    rig.memory.under_way[3](None)
+    rig.arrive(3)
     assert rig.link.blocks == [1, 1, 1, 8, 8]
 
 
