@@ -208,9 +208,9 @@ def test_a_node_says_what_it_loses(rig: NodeRig, caplog: pytest.LogCaptureFixtur
     assert held is not None
     before = losses().get("read_deadline", 0)
     assert read(client, key_of("a"), timeout_s=0.3) == "deadline"
+    until(lambda: "no staging memory for 4 KiB in time" in caplog.text, WAIT_S)
     held.give()
     assert losses()["read_deadline"] >= before + 1
-    assert "no staging memory for 4 KiB in time" in caplog.text
     outcomes = [Outcome() for _ in range(5)]
     for outcome in outcomes:
         client.write(new_block(key_of("big"), size_bytes=2 * MIB), staged(key_of("big"), 2 * MIB), 5.0, outcome)
