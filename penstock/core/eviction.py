@@ -34,7 +34,7 @@ class RebuildValue:
     def used(self, uses: int, rebuild_s: float, size_bytes: int) -> float:
         """Value of a block that is used now, for the `uses`-th time."""
         self.inflation += TICK
-        return self.inflation + _cost(uses, rebuild_s, size_bytes)
+        return self.inflation + rebuild_cost(uses, rebuild_s, size_bytes)
 
     def passed(self, uses: int) -> None:
         """So many uses happened elsewhere: the next use counts as later than all of them."""
@@ -47,11 +47,12 @@ class RebuildValue:
     def restored(self, value: float, uses: int, rebuild_s: float, size_bytes: int) -> float:
         """Take over a value that an earlier process computed; later uses are worth no less."""
         value = value if math.isfinite(value) else 0.0
-        self.inflation = max(self.inflation, value - _cost(uses, rebuild_s, size_bytes))
+        self.inflation = max(self.inflation, value - rebuild_cost(uses, rebuild_s, size_bytes))
         return value
 
 
-def _cost(uses: int, rebuild_s: float, size_bytes: int) -> float:
+def rebuild_cost(uses: int, rebuild_s: float, size_bytes: int) -> float:
+    """What `RebuildValue` adds to inflation: nanoseconds per byte."""
     if not 0.0 < rebuild_s < math.inf:
         return 0.0
     return max(1, min(uses, USES_MAX)) * min(rebuild_s * 1e9 / size_bytes, NS_PER_BYTE_MAX)

@@ -139,6 +139,25 @@ class BlockRows:
             link = chains.next[row]
         return -1
 
+    def chain(self, keys: bytes, searches_max: int) -> list[int] | None:
+        """Rows of consecutive blocks of a prefix (16 bytes a key): the last one is searched, those before it are its
+        parents, as long as these are present; then the next is searched. Each is the row of its key or of another one:
+        the caller compares them. None where a search is a miss, or `searches_max` were not enough."""
+        flags, parent = self.flags, self.parent
+        left = len(keys) // 16
+        found = [0] * left
+        for _ in range(searches_max):
+            row = self.find(keys[16 * left - 16 : 16 * left])
+            if row < 0:
+                return None
+            while left and flags[row] & PRESENT:
+                left -= 1
+                found[left] = row
+                row = parent[row]
+            if not left:
+                return found
+        return None
+
     def node(self, key: BlockKey, tenant: bytes) -> int:
         """The row with this key and tenant, made where there is none (without a block)."""
         low, high = _KEY.unpack(key)

@@ -14,20 +14,16 @@ FINISH = 0xD6E8FEB86659FD93
 
 
 class Column:
-    """An array of numbers of one type, 0 where nothing was written. Growing it moves pages, it copies nothing."""
+    """An array of numbers of one type, 0 where nothing was written. Growing it moves pages, it copies nothing. `memory`
+    has all bytes; whoever takes a view of them gives it up before `grow`."""
 
-    __slots__ = ("_code", "_memory", "_per_row", "items", "raw")
+    __slots__ = ("_code", "_per_row", "items", "memory", "raw")
 
     def __init__(self, code: str, rows: int, per_row: int = 1) -> None:
         """`code` is that of `struct`; a row has `per_row` numbers."""
         self._code, self._per_row = code, per_row
-        self._memory = mmap.mmap(-1, self._size(rows), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, self._size(rows), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._view()
-
-    @property
-    def memory(self) -> mmap.mmap:
-        """All bytes; whoever takes a view of them gives it up before `grow`."""
-        return self._memory
 
     @property
     def row_bytes(self) -> int:
@@ -40,7 +36,7 @@ class Column:
         self.items.release()
         self.raw.release()
         try:
-            self._memory.resize(self._size(rows))
+            self.memory.resize(self._size(rows))
         finally:
             self._view()
 
@@ -48,7 +44,7 @@ class Column:
         return rows * self._per_row * struct.calcsize(self._code)
 
     def _view(self) -> None:
-        self.raw = memoryview(self._memory)
+        self.raw = memoryview(self.memory)
         self.items: memoryview = self.raw.cast(self._code)  # type: ignore[call-overload]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.core.eviction import NS_PER_BYTE_MAX, TICK, USES_MAX
+from penstock.core.eviction import NS_PER_BYTE_MAX, TICK, USES_MAX, rebuild_cost
 from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.layout import STAGING_ALIGNMENT_BYTES
+from penstock.core.layout import STAGING_ALIGNMENT_BYTES, staging_bytes
 from penstock.core.pool.block_rows import LEAVING, PAID_SHARED, PRESENT, USED, USES_COUNTED_MAX, WRITTEN_HERE
 from penstock.core.pool.columns import FINISH, MIX
 from penstock.core.pool.pool_eviction import PoolEviction
@@ -27,6 +27,7 @@ from penstock.pool.members.stored_rows import StoredRows, tenant_tag_of, uncheck
 
 ROWS_AT_ONCE = 8192
 FEW_LEFT = 20  # keys that are not found yet, below which one by one is faster
+CHAIN_KEYS_MAX = 256  # with more, to search all at once is as fast as to follow their chain
 _FROM_STORED = ("size", "checksum", "rebuild_s", "position")
 Rows = NDArray[np.int64]
 Words = NDArray[np.uint64]
@@ -46,8 +47,7 @@ class Found:
     @property
     def alike(self) -> bool:
         """Whether all keys were found, on one member and of one size."""
-        size, member = self.sizes[0], self.members[0]
-        return bool(size and (self.sizes == size).all() and (self.members == member).all())
+        return bool(self.sizes[0]) and _alike(self.sizes) and _alike(self.members)
 
 
 class RowBatches:
@@ -67,8 +67,19 @@ class RowBatches:
         words = np.frombuffer(keys, np.uint64).reshape(-1, 2)
         return self._search(words, None)
 
-    def found(self, rows: Rows) -> Found:
-        """Sizes and members of rows, of which some are -1."""
+    def find_chain(self, keys: bytes) -> Rows | None:
+        """As `find`, of blocks that are all present, each the parent of the next but for a few: for some dozens of keys
+        the faster way. None where they are not, or too many."""
+        chain = self._rows.chain(keys, FEW_LEFT) if len(keys) <= CHAIN_KEYS_MAX * KEY_BYTES else None
+        if chain is None:
+            return None
+        rows = np.array(chain)
+        return rows if self._column("keys").reshape(-1, 2).take(rows, 0).tobytes() == keys else None
+
+    def found(self, rows: Rows, all_hit: bool) -> Found:
+        """Sizes and members of rows, of which some are -1 unless `all_hit`."""
+        if all_hit:
+            return Found(self._column("size")[rows], self._column("member")[rows])
         hit = rows >= 0
         sizes = np.where(hit, self._column("size")[rows], np.uint32(0))
         return Found(sizes, np.where(hit, self._column("member")[rows], np.uint16(0)))
@@ -93,10 +104,11 @@ class RowBatches:
 
     def by_account(self, rows: Rows) -> list[Rows]:
         """The rows in parts, each of one tenant and account, in the order in which they first occur."""
-        accounts = self._column("tenant")[rows].astype(np.int64) * 2
-        accounts += (self._column("flags")[rows] & PAID_SHARED) > 0
-        if (accounts == accounts[0]).all():
+        tenants, flags = self._column("tenant")[rows], self._column("flags")[rows]
+        if _alike(tenants) and _alike(flags):
             return [rows]
+        accounts = tenants.astype(np.int64) * 2
+        accounts += (flags & PAID_SHARED) > 0
         names, first = np.unique(accounts, return_index=True)
         return [rows[accounts == names[at]] for at in np.argsort(first)]
 
@@ -115,23 +127,33 @@ class RowBatches:
 
     def touch(self, rows: Rows) -> None:
         """Note a use of each row in turn."""
-        worth, uses = self._column("worth"), self._column("uses")
-        numbers = np.arange(1, len(rows) + 1)
+        worth = self._column("worth")
+        numbers = np.arange(1.0, len(rows) + 1.0)
         before = worth[rows]
         worth[rows] = numbers
-        twice = (worth[rows] != numbers).any()
+        twice = worth[rows].tobytes() != numbers.tobytes()
         worth[rows] = before
         if twice:
             for row in rows.tolist():
                 self._eviction.touch(row)
             return
+        inflation, members = self._eviction.use_many(len(rows)), self._column("member")[rows]
+        value = inflation[members[0]] if _alike(members) else np.array(inflation)[members]
+        numbers *= TICK
+        numbers += value
+        numbers += self._cost_of(rows, self._count_use(rows))
+        worth[rows] = np.maximum(numbers, before)
+
+    def _count_use(self, rows: Rows) -> NDArray[np.uint16]:
+        """How often each of these rows was used, with one more use."""
+        uses = self._column("uses")
         count = uses[rows]
-        count += count < USES_COUNTED_MAX
+        if _alike(count):
+            count[:] = min(int(count[0]) + 1, USES_COUNTED_MAX)
+        else:
+            count += count < USES_COUNTED_MAX
         uses[rows] = count
-        inflation = np.array(self._eviction.use_many(len(rows)))[self._column("member")[rows]]
-        value = inflation + numbers * TICK
-        value += _cost(count, self._column("rebuild_s")[rows], _extents(self._column("size")[rows]))
-        worth[rows] = np.maximum(value, before)
+        return count
 
     def note_uses(self, member: int, rows: Rows) -> None:
         """Remember that these rows of a member were used, for `take_uses`."""
@@ -180,7 +202,7 @@ class RowBatches:
             return refused
         charged = self._charge(stored, _extents(sizes), order)
         rows = self._insert(np.full(len(stored), member), stored, charged)
-        column, cost = self._column("worth"), self._cost_of(rows)
+        column, cost = self._column("worth"), self._cost_of(rows, self._column("uses")[rows])
         column[rows] = worth = np.maximum(np.where(np.isfinite(worth), worth, 0.0), 0.0)
         self._eviction.raise_inflation(member, float((worth - cost).max()))
         del column
@@ -213,7 +235,8 @@ class RowBatches:
             charged.setdefault((block.tenant, block.account), []).append(at)
         rows = self._insert(members, stored, [(*one, np.array(at)) for one, at in charged.items()], WRITTEN_HERE)
         inflation = np.array(self._eviction.use_many(len(rows)))[members]
-        self._column("worth")[rows] = inflation + np.arange(1, len(rows) + 1) * TICK + self._cost_of(rows)
+        cost = self._cost_of(rows, self._column("uses")[rows])
+        self._column("worth")[rows] = inflation + np.arange(1, len(rows) + 1) * TICK + cost
         self._link(rows)
         return rows
 
@@ -284,9 +307,13 @@ class RowBatches:
                 self._eviction.count_present(member, account, count)
         return where
 
-    def _cost_of(self, rows: Rows) -> NDArray[np.float64]:
-        uses, rebuild_s = self._column("uses")[rows], self._column("rebuild_s")[rows]
-        return _cost(uses, rebuild_s, _extents(self._column("size")[rows]))
+    def _cost_of(self, rows: Rows, uses: NDArray[np.uint16]) -> NDArray[np.float64] | float:
+        """What so many uses of each row add to inflation; 0 where that is nothing for all."""
+        rebuild_s, sizes = self._column("rebuild_s")[rows], self._column("size")[rows]
+        if not (_alike(rebuild_s) and _alike(sizes)):
+            return _cost(uses, rebuild_s, _extents(sizes))
+        once = rebuild_cost(1, float(rebuild_s[0]), staging_bytes(int(sizes[0])))
+        return np.maximum(np.minimum(uses, USES_MAX), 1) * once if once else 0.0
 
     def _link(self, rows: Rows, order: Rows | None = None) -> None:
         """Count new rows as children, queue those that are leaves, in this order (None: as they are), and note where
@@ -296,7 +323,10 @@ class RowBatches:
         if leaves.items:
             parents = np.unique(above)
             leaves.got_children(int(((children[parents] == 0) & (ticket[parents] != 0)).sum()))
-        np.add.at(children, above, 1)
+        if 4 * len(rows) < self._rows.high:
+            np.add.at(children, above, 1)
+        else:
+            children[: self._rows.high] += np.bincount(above, minlength=self._rows.high).astype(np.uint32)
         queued = rows if order is None else rows[order]
         leaves.offer_many(queued[children[queued] == 0].tolist())
         self._places.add_many(rows)
@@ -374,6 +404,12 @@ class RowBatches:
                 return row
             link = links[row]
         return -1
+
+
+def _alike(values: NDArray[Any]) -> bool:
+    """Whether all values are the same; there is at least one."""
+    data = values.tobytes()  # compared as bytes: faster than by numpy, for some dozens
+    return data == data[: values.itemsize] * len(values)
 
 
 def _distinct(words: Words, numbers: NDArray[np.uint32]) -> tuple[Rows, Rows]:

@@ -146,13 +146,14 @@ class Table:
         use of each in turn. A block is charged to its tenant's own account from now on, where that exists by now."""
         if len(keys) < FEW * KEY_BYTES:
             return self._lookup_few(keys)
-        rows = self._batches.find(keys)
-        hits = rows[rows >= 0]
+        chain = self._batches.find_chain(keys)
+        rows = self._batches.find(keys) if chain is None else chain
+        hits = rows[rows >= 0] if chain is None else rows
         if not all(state.healthy for state in self.members):
             healthy = np.array([state.healthy for state in self.members])
             readable = healthy[self._batches.members_of(hits)]
             rows[np.flatnonzero(rows >= 0)[~readable]] = -1
-            hits = hits[readable]
+            hits = rows[rows >= 0]
         if len(hits):
             self._charge_users(hits)
             self._batches.touch(hits)
@@ -161,7 +162,7 @@ class Table:
                 members = self._batches.members_of(hits)
                 for number in durable:
                     self._batches.note_uses(number, hits[members == number])
-        return self._batches.found(rows)
+        return self._batches.found(rows, len(hits) == len(rows))
 
     def _lookup_few(self, keys: bytes) -> Found:
         sizes, members = [], []
