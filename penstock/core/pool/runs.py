@@ -15,16 +15,17 @@ Verification: tests/core/pool/test_runs.py.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 
 RUN_BLOCKS = 64  # on average: as many as a span has at most
-FIRST_PARTS = 4  # runs that the first round asks for: a prompt that nobody wrote costs no more messages
+FIRST_PARTS = 4  # runs that the first round asks for, at least: a prompt that nobody wrote costs no more messages
 ROUNDS_MAX = 6
 OPEN_RUNS_MAX = 65_536
+_MARKS = bytes(byte % RUN_BLOCKS == 0 for byte in range(256))  # of the byte that says whether a block begins a run
 
 Hit = TypeVar("Hit")
 NodeOf = Callable[[BlockKey], int | None]
@@ -32,7 +33,7 @@ NodeOf = Callable[[BlockKey], int | None]
 
 def begins_run(key: BlockKey) -> bool:
     """Whether this block begins a run, whatever is before it."""
-    return key[8] % RUN_BLOCKS == 0
+    return bool(_MARKS[key[8]])
 
 
 class OpenRuns:
@@ -71,13 +72,19 @@ class _Part:
 
 class RunSearch(Generic[Hit]):
     """One lookup of the consecutive blocks `keys`, in rounds; not thread-safe. `nodes` has the nodes to ask for a block
-    that may begin a run, best first: its owner, and where it was seen."""
+    that may begin a run, best first: its owner, and where it was seen. `seen`: whether a block was found or written not
+    long ago; runs that begin with such blocks are asked for in the first round. A hit is not false."""
 
-    def __init__(self, keys: Sequence[BlockKey], nodes: Callable[[BlockKey], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        keys: Sequence[BlockKey],
+        nodes: Callable[[BlockKey], Sequence[int]],
+        seen: Callable[[BlockKey], bool] = lambda _: False,
+    ) -> None:
         self._keys = keys
-        self._nodes = nodes
+        self._nodes, self._seen = nodes, seen
         self.found: list[Hit | None] = [None] * len(keys)
-        begins = [at for at, key in enumerate(keys) if not key[8] % RUN_BLOCKS and at]  # `begins_run`, for all
+        begins = list(_begins(keys))
         self._parts = [_Part(at, end) for at, end in zip([0, *begins], [*begins, len(keys)], strict=True)]
         self._rounds = 0
         self._live = len(self._parts)  # parts from this one on are of no use: a block before them lies nowhere
@@ -87,12 +94,12 @@ class RunSearch(Generic[Hit]):
         """The first block that was not found; as many as there are keys when all were."""
         return next((part.at for part in self._parts if part.at < part.end), len(self._keys))
 
-    def next_round(self) -> dict[int, list[int]]:
-        """The blocks to ask each node for now, as indexes; empty when the lookup has ended."""
+    def next_round(self) -> dict[int, list[range]]:
+        """The blocks to ask each node for now, by index; empty when the lookup has ended."""
         if self._rounds == ROUNDS_MAX:
             return {}
-        asks: dict[int, list[int]] = {}
-        for number in range(self._live if self._rounds else min(FIRST_PARTS, self._live)):
+        asks: dict[int, list[range]] = {}
+        for number in range(self._live if self._rounds else self._first_parts()):
             part = self._parts[number]
             if part.at == part.end:
                 continue
@@ -101,19 +108,44 @@ class RunSearch(Generic[Hit]):
                 self._live = number
                 break
             part.asked.add(node)
-            asks.setdefault(node, []).extend(range(part.at, part.end))
+            asks.setdefault(node, []).append(range(part.at, part.end))
         self._rounds += 1
         return asks
 
-    def note(self, indexes: Sequence[int], hits: Sequence[Hit | None]) -> None:
-        """Take the answer of one node; a hit that was found before stays."""
-        found = self.found
-        for at, hit in zip(indexes, hits, strict=True):
-            if found[at] is None:
-                found[at] = hit
+    def _first_parts(self) -> int:
+        """The parts that the first round asks for."""
+        number = min(FIRST_PARTS, self._live)
+        while number < self._live and self._seen(self._keys[self._parts[number].at]):
+            number += 1
+        return number
+
+    def note(self, asked: Sequence[range], hits: Sequence[Hit | None]) -> None:
+        """Take the answer of one node: a hit or None for each block that it was asked for. A hit that was found before
+        stays. Raises ValueError for another number of them."""
+        if len(hits) != sum(map(len, asked)):
+            raise ValueError(f"{len(hits)} answers for {sum(map(len, asked))} blocks")
+        found, taken = self.found, 0
+        for some in asked:
+            new = hits[taken : taken + len(some)]
+            taken += len(some)
+            if any(found[some.start : some.stop]):
+                new = [one or other for one, other in zip(found[some.start : some.stop], new, strict=True)]
+            found[some.start : some.stop] = new
 
     def advance(self) -> None:
         """All answers of a round, or what was known before the first one, are noted."""
         found = self.found
         for part in self._parts:
-            part.at = next((at for at in range(part.at, part.end) if found[at] is None), part.end)
+            if all(found[part.at : part.end]):  # most are: then no block costs a step of Python
+                part.at = part.end
+            else:
+                part.at = next(at for at in range(part.at, part.end) if found[at] is None)
+
+
+def _begins(keys: Sequence[BlockKey]) -> Iterator[int]:
+    """The blocks after the first one that begin a run, as `begins_run`."""
+    marks = b"".join(keys)[8::KEY_BYTES].translate(_MARKS)
+    at = marks.find(1, 1)
+    while at > 0:
+        yield at
+        at = marks.find(1, at + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
@@ -114,7 +115,7 @@ class _Search:
     def __init__(self, children: Children, locations: Locations, keys: Sequence[BlockKey], deadline_s: float) -> None:
         self._children, self._locations, self.keys = children, locations, keys
         self._deadline_s = deadline_s
-        self._runs: RunSearch[Located] = RunSearch(keys, self._nodes)
+        self._runs: RunSearch[Located] = RunSearch(keys, self._nodes, lambda key: locations.find(key) is not None)
         self._failed: PoolError | None = None
         self._answered = False
 
@@ -131,7 +132,7 @@ class _Search:
     def ask_local(self) -> None:
         """Ask the local pool, if there is one, for all blocks."""
         if self._children.local is not None:
-            self._ask({0: list(range(len(self.keys)))})
+            self._ask({0: [range(len(self.keys))]})
 
     def ask_owners(self) -> bool:
         """Ask the nodes of the next round; returns False when there is none, or no time is left."""
@@ -145,7 +146,7 @@ class _Search:
         """Ask all nodes for some of the blocks, while time is left; returns whether the first one was found."""
         if time.monotonic() >= self._deadline_s:
             return False
-        some = list(range(begin, end))
+        some = [range(begin, end)]
         nodes = (at for at, child in enumerate(self._children.all) if child.node is not None and child.up)
         self._ask({at: some for at in nodes})
         return self.found[begin] is not None
@@ -155,9 +156,10 @@ class _Search:
         if not self._answered and self.keys and not any(child.up for child in self._children.all):
             raise self._failed or PoolError("network", "no pool node is up")
 
-    def _ask(self, asks: Mapping[int, list[int]]) -> bool:
+    def _ask(self, asks: Mapping[int, list[range]]) -> bool:
         keys, locations = self.keys, self._locations
-        asked = {number: [keys[at] for at in indexes] for number, indexes in asks.items()}
+        parts = {number: (keys[one.start : one.stop] for one in some) for number, some in asks.items()}
+        asked = {number: list(chain.from_iterable(some)) for number, some in parts.items()}
         answers = self._children.ask_keys(asked, max(0.0, self._deadline_s - time.monotonic()))
         with self._children.lock:
             for number, answer in answers.items():
@@ -174,4 +176,5 @@ class _Search:
         """As `RunSearch`: where the block was seen last, and the owner of a run that begins with it."""
         seen, owner = self._locations.find(key), self._children.slots.owner(key)
         children = self._children.all
-        return [at for at in (seen, owner) if at is not None and children[at].node is not None and children[at].up]
+        nodes = (seen, owner) if seen != owner else (owner,)
+        return [at for at in nodes if at is not None and children[at].node is not None and children[at].up]

@@ -76,7 +76,9 @@ class SlotOwners:
     def owner(self, key: BlockKey) -> int | None:
         """The child that a run which begins with this block goes to: its owner, or the first stand-in that is up; None
         when all are down."""
-        return next(self._order(key), None)
+        owners = self._known
+        number = 0 if owners.is_local(key) else owners.map.owner(slot_of(key))
+        return number if owners.children[number].up else next(self._order(key), None)
 
     def order(self, key: BlockKey) -> list[int]:
         """The children that are up: the owner of the run that this block begins, then a few stand-ins."""

@@ -30,12 +30,13 @@ NODES = STRIPED_NODES_MAX + 2
 
 
 class CountingPool(LocalPool):
-    """A pool that counts the keys it is asked for."""
+    """A pool that counts the keys it is asked for, and how often it is asked."""
 
-    asked = 0
+    asked = lookups = 0
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         self.asked += len(keys)
+        self.lookups += 1
         return super().lookup(keys, timeout_s)
 
 
@@ -128,6 +129,17 @@ def test_only_owners_are_asked_and_engines_agree_on_them(fleet: Fleet) -> None:
     asked = fleet.asked()
     heads = [at for at, key in enumerate(unknown) if begins_run(key) and at] + [500] * FIRST_PARTS
     assert sum(asked) <= heads[FIRST_PARTS - 1] + NODES, "a few runs, and every node for one block"
+
+
+def test_who_found_a_prefix_before_asks_each_of_its_nodes_once(fleet: Fleet) -> None:
+    writer, reader = fleet.union(), fleet.union()
+    keys = keys_of("a", 700)
+    write_all(writer, keys)
+    for asking, most in ((writer, 0), (reader, FIRST_PARTS), (reader, 0)):
+        before = sum(pool.lookups for pool in fleet.pools)
+        nodes = len(set(places_of(asking.lookup(keys, 10.0))))
+        asked = sum(pool.lookups for pool in fleet.pools) - before
+        assert nodes <= asked <= nodes + most, "some nodes twice where nothing is known, in two rounds"
 
 
 def test_continuations_go_on_where_their_writer_was_and_others_find_them(fleet: Fleet) -> None:
