@@ -422,6 +422,9 @@ class Connection:
         """Receive the rest of a reply, and end its request. Raises OSError, ProtocolError."""
         self.heard_s = time.monotonic()
         reply = wire.decode_reply(header)
+        if isinstance(reply, wire.Found) and not payload_bytes:
+            self._receive_answer(reply)
+            return
         moves = isinstance(reply, wire.Block | wire.Blocks | wire.Probed)
         if payload_bytes and (self._replies is not None or not moves):
             raise wire.ProtocolError("only Block, Blocks and Probed have a payload")

@@ -65,7 +65,10 @@ class _Lane:
     @property
     def up(self) -> bool:
         """Whether any connection is open."""
-        return any(connection is not None and connection.open for connection in self.connections)
+        for connection in self.connections:  # noqa: SIM110 (asked for each block that may begin a run, so it is to be quick)
+            if connection is not None and connection.open:
+                return True
+        return False
 
     def free(self) -> Connection | None:
         """The open connection with the fewest bytes in flight, if it may get one more request."""

@@ -324,8 +324,6 @@ class ClientConnection:
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
         match request:
-            case wire.Read() | wire.ReadMany() | wire.Write() | wire.WriteMany() | wire.Probe():
-                self._move(request, payload_bytes, ready_s)
             case wire.Lookup(id) | wire.Evict(id) | wire.Stat(id):
                 reply: wire.Reply
                 try:
@@ -333,6 +331,8 @@ class ClientConnection:
                 except PoolError as error:
                     reply = wire.Failed(id, error.reason, error.detail)
                 self._reply(reply)
+            case wire.Read() | wire.ReadMany() | wire.Write() | wire.WriteMany() | wire.Probe():
+                self._move(request, payload_bytes, ready_s)
             case wire.Corrupt(key, checksum, mac, refused):
                 self._pool.suspect(key, checksum, mac, refused)
             case wire.Alive() | wire.ReturnMany():

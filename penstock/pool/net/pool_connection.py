@@ -140,7 +140,7 @@ class PoolConnection(ClientConnection):
             self._node.pool_lending.gone(self)
 
     def _answer(self, request: wire.Request, payload_bytes: int, ready_s: float) -> None:
-        if not isinstance(request, wire.Read | wire.ReadMany):
+        if self._unsent.parts and not isinstance(request, wire.Read | wire.ReadMany):
             self._send_unsent()
         lending = self._node.pool_lending
         if lending is None or not isinstance(request, _OneSided):

@@ -35,6 +35,7 @@ from penstock.units import format_address, format_bytes
 log = logging.getLogger(__name__)
 
 EVICT_TIMEOUT_S = 2.0
+LOCATED_MAX = 256  # different hits of a node that are kept
 MEASURE_BYTES_MAX = 256 << 20
 MEASURE_TIMEOUT_S = 5.0
 _PROBE_FIRST_BYTES = 64 << 10
@@ -65,6 +66,7 @@ class RemotePool:
         )
         self.address = self._link.address
         self.place = self._link.place
+        self._known: dict[tuple[int, tuple[str, ...]], Located] = {}  # hits, each made once
         self._memory = MemoryAttachment(self._link)
         self._reads = OneSidedReads(self._link, self._memory, self._read_in_messages)
         self._writes = OneSidedWrites(self._link, self._memory, self._write_in_messages)
@@ -135,14 +137,26 @@ class RemotePool:
 
     def _located(self, found: wire.Found) -> list[Located | None]:
         """The hits that the node found, few objects for many of them."""
-        routes = [tuple(self._full(name) for name in (*route, "net")) for route in found.routes]
+        routes = [tuple(route) for route in found.routes]
         sizes, members = found.sizes, found.members
         count = len(sizes)
         if count and sizes[0] and sizes.count(sizes[0]) == members.count(members[0]) == count:
-            return [Located(sizes[0], routes[members[0]])] * count
+            return [self._located_at(sizes[0], routes[members[0]])] * count
         places = list(zip(sizes, members, strict=True))
-        hits = {(size, member): Located(size, routes[member]) if size else None for size, member in set(places)}
+        hits = {
+            (size, member): self._located_at(size, routes[member]) if size else None for size, member in set(places)
+        }
         return [hits[place] for place in places]
+
+    def _located_at(self, size_bytes: int, route: tuple[str, ...]) -> Located:
+        """A block with this route at the node, as it is seen from here: the same object for all such blocks."""
+        located = self._known.get((size_bytes, route))
+        if located is None:
+            if len(self._known) >= LOCATED_MAX:
+                self._known.clear()
+            full = tuple(self._full(name) for name in (*route, "net"))
+            located = self._known[size_bytes, route] = Located(size_bytes, full)
+        return located
 
     def origins(self, keys: Sequence[BlockKey], timeout_s: float) -> list[BlockOrigin | None]:
         """What each of at most a span of blocks was written with; None for one that the node does not have, or where it

@@ -30,7 +30,7 @@ class ReplyReader:
         """Header and payload length of the next reply; None where it is not whole at `until_s`. Raises ConnectionError
         at the end of the stream, TimeoutError for a peer that stalls in the middle or takes longer than HEADER_S, and
         ProtocolError."""
-        while (found := self._whole()) is None:
+        while not self._data or (found := self._whole()) is None:
             try:
                 data = self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -42,16 +42,15 @@ class ReplyReader:
             self._heard_s = time.monotonic()
             if not self._data:
                 self._begun_s = self._heard_s
+                if (found := _only(data)) is not None:
+                    return found
             self._data += data
         return found
 
     def _whole(self) -> tuple[bytes, int] | None:
         """The reply that has arrived whole, which is taken out; None where none has."""
         data = self._data
-        if len(data) < wire.HEAD_BYTES:
-            return None
-        header_bytes, payload_bytes = wire.frame_lengths(data)
-        frame_bytes = max(wire.HEAD_BYTES, wire.PREFIX.size + header_bytes)
+        header_bytes, payload_bytes, frame_bytes = _lengths(data)
         if len(data) < frame_bytes:
             return None
         header = bytes(data[wire.PREFIX.size : wire.PREFIX.size + header_bytes])
@@ -69,3 +68,20 @@ class ReplyReader:
                 raise TimeoutError("the peer stalled in the middle of a message")
             end_s = min(end_s, until_s)
         return now_s < end_s and (bool(self._readable.poll(1000 * (end_s - now_s))) or end_s < until_s)
+
+
+def _lengths(data: bytes | bytearray) -> tuple[int, int, int]:
+    """Lengths of header, payload and of the reply without its payload, which begins here; of the last as much as is
+    known."""
+    if len(data) < wire.HEAD_BYTES:
+        return 0, 0, wire.HEAD_BYTES
+    header_bytes, payload_bytes = wire.frame_lengths(data)
+    return header_bytes, payload_bytes, max(wire.HEAD_BYTES, wire.PREFIX.size + header_bytes)
+
+
+def _only(data: bytes) -> tuple[bytes, int] | None:
+    """The reply, where this is one and nothing else."""
+    header_bytes, payload_bytes, frame_bytes = _lengths(data)
+    if len(data) != frame_bytes:
+        return None
+    return data[wire.PREFIX.size : wire.PREFIX.size + header_bytes], payload_bytes

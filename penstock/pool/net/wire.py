@@ -464,6 +464,9 @@ class Found(msgspec.Struct, array_like=True, tag=24):
 def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin | None] = ()) -> Found:
     """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
     the other hits of the message."""
+    first, count = hits[0] if hits else None, len(hits)
+    if first is not None and not origins and _travels(first) and hits.count(first) == count:  # most answers
+        return Found(id, [first.size_bytes] * count, [0] * count, [list(first.route)])
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
     names = list(map(builtins.id, hits))  # pools answer with few different objects
     sizes, members = dict[int, int](), dict[int, int]()
@@ -863,13 +866,15 @@ def send_all(
 ) -> None:
     """Send all parts in order, without joining them. Raises OSError, also when the peer receives nothing for STALL_S,
     has not received all at `until_s`, or receives more slowly than `rate`; all are checked every LOOK_S."""
-    views = [memoryview(part) for part in parts if len(part)]
+    views = [memoryview(part) for part in parts if len(part)] if len(parts) > 1 else [memoryview(parts[0])]
     moved_s = looked_s = time.monotonic()
     while views:
         try:
             sent = sock.sendmsg(views)
         except BlockingIOError:
             sent = 0
+        if rate is None and len(views) == 1 and sent == len(views[0]):  # nearly always
+            return
         now_s = time.monotonic()
         moved_s = now_s if sent else moved_s
         if now_s - moved_s >= STALL_S:

@@ -21,7 +21,7 @@ from penstock.pool.net import connection as connection_module
 from penstock.pool.net import wire
 from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.reply_reader import ReplyReader
-from tests.pool.helpers import Outcome, key_of, read, until, write
+from tests.pool.helpers import ROOT, Outcome, key_of, new_block, read, staged, until, write
 from tests.pool.net.node_rig import WAIT_S, NodeRig
 
 
@@ -195,6 +195,34 @@ def test_a_signal_that_interrupts_the_reader_ends_the_connection_and_not_the_lin
         client.lookup([key_of("a")], WAIT_S)
     until(lambda: client.up, WAIT_S)
     assert client.lookup([key_of("a")], WAIT_S) == [None]
+
+
+def test_a_lookup_costs_its_node_few_calls(rig: NodeRig) -> None:
+    """Of the one thread that reads the request and answers it: nobody else has a part in it."""
+    lookups = 20
+    counts: Counter[str] = Counter()
+
+    def called(frame: FrameType, event: str, arg: Any) -> None:
+        counts[threading.current_thread().name] += event in ("call", "c_call")
+
+    keys, ended = [key_of(number) for number in range(90)], Outcome()
+    blocks = [
+        new_block(key, parent, position=at) for at, (key, parent) in enumerate(zip(keys, [ROOT, *keys], strict=False))
+    ]
+    threading.setprofile(called)
+    try:
+        client = rig.client(rig.node())
+        client.write_many(
+            blocks, [staged(key, 4096) for key in keys], WAIT_S, lambda errors: ended(next(filter(None, errors), None))
+        )
+        assert ended.reason(WAIT_S) == "ok" and all(client.lookup(keys, WAIT_S))
+        counts.clear()
+        for _ in range(lookups):
+            client.lookup(keys, WAIT_S)
+    finally:
+        threading.setprofile(None)
+    of_node = {name: count for name, count in counts.items() if name.startswith("penstock-node-127")}
+    assert len(of_node) == 1 and 0 < sum(of_node.values()) < 235 * lookups, "264 before"
 
 
 def test_a_large_block_costs_both_sides_few_calls(rig: NodeRig) -> None:
