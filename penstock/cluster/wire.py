@@ -284,9 +284,9 @@ def _grouped(packed: Sequence[bytes]) -> list[Any]:
     return groups
 
 
-def frame_length(head: bytes, most: int = FRAME_BYTES_MAX) -> int:
+def frame_length(head: bytes | bytearray, most: int = FRAME_BYTES_MAX) -> int:
     """Length of the frame that begins with `head`. Raises ProtocolError for one that is too long."""
-    size: int = LENGTH.unpack(head)[0]
+    size: int = LENGTH.unpack_from(head)[0]
     _check_length(size, most)
     return size
 

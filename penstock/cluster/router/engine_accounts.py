@@ -166,21 +166,22 @@ class EngineAccounts:
 
     def reported(self, engine: RegisteredEngine, now: float) -> None:
         """The engine's report has changed."""
-        account = self._accounts.get(engine.name)
+        card, scheduler = engine.card, self._scheduler
+        account = self._accounts.get(card.name)
         if account is None:
             return
-        name, scheduler = engine.card.host, self._scheduler
+        name = card.host
         host, unseen = self._hosts[name], account.unseen
         if unseen:
             while unseen and unseen[0][0] <= engine.placed_seen:
                 unseen.popleft()
             if not unseen:
-                del host.late[engine.name]
+                del host.late[card.name]
         before = host.fastest
         host.count(account, engine.report)
         if host.fastest != before or self._left:
-            self._update_storage_speeds(engine.card)
-        scheduler.engine_speed(engine.name, *account.speed())
+            self._update_storage_speeds(card)
+        scheduler.engine_speed(card.name, *account.speed())
         seen = host.seen()
         # A reported queue does not include requests that wait for room in a decode buffer, nor reads that a prefill
         # engine will still make through this host's relay: it may raise the scheduler core's count, never lower it.
@@ -214,13 +215,15 @@ class EngineAccounts:
     def _update_storage_speeds(self, card: EngineCard) -> None:
         """Update storage bandwidths, of this engine's host and of those that engines left. Engines of a host share its
         NIC: the largest report is used. A host without a report gets an estimate from the others."""
-        names = self._left | {card.host}
-        self._left.clear()
-        for name in names - self._hosts.keys():
-            self._speeds.forget(name)
-        for name in names & self._hosts.keys():
-            fastest = min(self._hosts[name].fastest, SPEED_MAX)
-            nic = self._speeds.see(name, fastest, card.block_tokens, card.block_bytes)
+        names, self._left = {card.host, *self._left}, set()
+        known = [(name, self._hosts.get(name)) for name in names]  # `self._hosts.keys() & names` looks at all hosts
+        for name, host in known:
+            if host is None:
+                self._speeds.forget(name)
+        for name, host in known:
+            if host is None:
+                continue
+            nic = self._speeds.see(name, min(host.fastest, SPEED_MAX), card.block_tokens, card.block_bytes)
             self._scheduler.node_registered(name, nic)
 
     def check_integrity(self) -> None:

@@ -40,18 +40,26 @@ class FrameFlow:
             self._over.set_exception(error)
 
     def _data(self, data: bytes) -> None:
-        self._arrived += data
         if self._pausing:
+            self._arrived += data
             return
         left_s = self._next_s - time.monotonic()
-        self._pause(left_s) if left_s > 0 else self._go_on()
+        if left_s > 0:
+            self._arrived += data
+            self._pause(left_s)
+        else:
+            self._go_on(data)
 
-    def _go_on(self) -> None:
-        """Take frames until none is complete, or it is the turn of others."""
+    def _go_on(self, data: bytes = b"") -> None:
+        """Take frames, of what has arrived and of `data`, until none is complete, or it is the turn of others."""
         try:
+            body = self._only(data)
+            if body is None:
+                self._arrived += data
             begin_s = time.thread_time()
-            while not self._over.done() and (body := self._next()) is not None:
+            while not self._over.done() and (body is not None or (body := self._next()) is not None):
                 useful = self._take(body)
+                body = None
                 if isinstance(useful, str):
                     self._over.set_result(useful)
                     return
@@ -69,11 +77,19 @@ class FrameFlow:
         except Exception as error:  # noqa: BLE001 (it ends this connection, which says why)
             self._ended(error)
 
+    def _only(self, data: bytes) -> bytes | None:
+        """The body, where this is one frame and nothing else has arrived: so heartbeats come. Raises ProtocolError."""
+        begin = wire.LENGTH.size
+        if self._arrived or len(data) < begin:
+            return None
+        body_bytes = wire.frame_length(data, wire.ENGINE_FRAME_BYTES_MAX)
+        return data[begin:] if len(data) == begin + body_bytes else None
+
     def _next(self) -> bytes | None:
         arrived, begin = self._arrived, wire.LENGTH.size
         if len(arrived) < begin:
             return None
-        end = begin + wire.frame_length(bytes(arrived[:begin]), wire.ENGINE_FRAME_BYTES_MAX)
+        end = begin + wire.frame_length(arrived, wire.ENGINE_FRAME_BYTES_MAX)
         if len(arrived) < end:
             return None
         body = bytes(arrived[begin:end])
