@@ -54,6 +54,7 @@ _WHOLE = " AND ".join(  # a row whose values have the types and lengths of a pac
     f"typeof({name}) = 'blob' AND length({name}) = {length}"
     for name, length in zip(("key", "row", "use"), _LENGTHS, strict=True)
 )
+_SELECT = f"SELECT CASE WHEN {_WHOLE} THEN CAST(key || row || use AS BLOB) END FROM blocks"  # noqa: S608 (constants)
 _VALUE_BYTES_MAX = 1 << 20  # of a value, row or statement; a valid row has about 200
 _META_ROWS_MAX = 64
 _OUTSIDE_CAUSES = {  # SQLite errors caused by the file's surroundings, not by its content
@@ -81,12 +82,14 @@ def read_rows(db: sqlite3.Connection) -> tuple[StoredRows, list[Any]]:
             good.append(kept)
             bad += dropped
         return _joined(good), bad
-    for rows in _in_parts(db.execute(f"SELECT CAST(key || row || use AS BLOB) FROM blocks WHERE {_WHOLE}")):  # noqa: S608
-        kept, dropped = _valid(b"".join(chain.from_iterable(rows)))
+    broken = False
+    for rows in _in_parts(db.execute(_SELECT)):
+        whole = [row for (row,) in rows if row is not None]
+        broken |= len(whole) < len(rows)
+        kept, dropped = _valid(b"".join(whole))
         good.append(kept)
         bad += dropped
-    (rows_in_all,) = db.execute("SELECT count(*) FROM blocks").fetchone()
-    if sum(map(len, good)) + len(bad) != rows_in_all:  # a scan over all again, which a sound table does not need
+    if broken:  # a scan over all again, which a sound table does not need
         bad += [key for (key,) in db.execute(f"SELECT key FROM blocks WHERE NOT ({_WHOLE})")]  # noqa: S608 (a constant)
     return _joined(good), bad
 
