@@ -44,6 +44,7 @@ def scale(
     from penstock.bench.scale_copies import measure_copies
     from penstock.bench.scale_fronts import measure_fronts
     from penstock.bench.scale_network import measure_network
+    from penstock.bench.scale_prefix_read import measure_prefix_reads
     from penstock.bench.scale_rounds import measure_rounds
     from penstock.bench.scale_router import measure_router
     from penstock.bench.scale_table import measure_open, measure_table
@@ -59,6 +60,7 @@ def scale(
                 measure_table(report, count, step)
                 measure_open(report, count, folder, step)
                 measure_network(report, count <= QUICK_BLOCKS, step)
+                measure_prefix_reads(report, count <= QUICK_BLOCKS, step)
                 measure_copies(report, count <= QUICK_BLOCKS, step)
                 measure_router(report, count <= QUICK_BLOCKS, step)
                 measure_fronts(report, count <= QUICK_BLOCKS, step)

@@ -102,13 +102,7 @@ class _Engine:
             block_bytes=8 << 20, max_context_tokens=1 << 17, vocab_size=128_256, relay_address=f"{source}:7000",
             links_to_fronts=True,
         )  # fmt: skip
-        links = [
-            LinkReport(relay=f"127.0.{at}.1:7000", direction="hand-off" if at % 2 else "read", load_bytes_per_s=1e9,
-                       backlog_bytes=at << 20, bytes_per_s=2e10)
-            for at in range(LINKS)
-        ]  # fmt: skip
-        self._report = EngineReport(total_pages=20_000, compute=(1e-3, 1e-5, 1e-10), storage_bytes_per_s=4e10,
-                                    links=links if role == "prefill" else [])  # fmt: skip
+        self._report = _report(role == "prefill")
         self._sequence = self._placed = 0
         first = b"".join(wire.register_frames(card, self._report, []))
         self._router = _Connection(router, secret, source, first, None)
@@ -131,6 +125,21 @@ class _Engine:
             if isinstance(message, wire.Place):
                 self._placed = max(self._placed, message.number)
                 _answer(connection, message.placed)
+
+
+def _report(prefill: bool) -> EngineReport:
+    links = [
+        LinkReport(relay=f"127.0.{at}.1:7000", direction="hand-off" if at % 2 else "read", load_bytes_per_s=1e9,
+                   backlog_bytes=at << 20, bytes_per_s=2e10)
+        for at in range(LINKS)
+    ]  # fmt: skip
+    return EngineReport(total_pages=20_000, compute=(1e-3, 1e-5, 1e-10), storage_bytes_per_s=4e10,
+                        links=links if prefill else [])  # fmt: skip
+
+
+def heartbeat_bytes() -> list[int]:
+    """Lengths of a heartbeat of a prefill engine, and of a decode engine."""
+    return [len(wire.frame(wire.Heartbeat(1, 1000, _report(prefill), 0))) for prefill in (True, False)]
 
 
 def _answer(connection: _Connection, placed: PlacedRequest) -> None:

@@ -48,6 +48,7 @@ TIMEOUT_S = 120.0
 ENGINES_MAX = 1024
 BEGINNING_BLOCKS, OWN_BLOCKS = 2, 2  # of short prompts
 PROMPTS = 25_600  # 400 runs on each of 64 nodes: with 100 the fullest would have 1.15 to 1.38 of the mean by chance
+KEYS_OF_A_NODE = 90  # of 2,048, as 64 nodes hold them: some 23 of them are asked
 LANES = ("control", "write", "read")
 BEFORE = {  # measured before blocks travelled in spans
     "engine_us_per_block_1_node": 410.0,
@@ -88,6 +89,10 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
     report.figure(f"bare_{nodes}_nodes_cpu_ms", found.bare_cpu_ms)
     report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", found.hottest, 1.25)
     report.notes.append("bare_*_nodes: the bytes of a lookup over as many sockets, next to no Python at both ends")
+    node_us, client_us = lookup_us(KEYS_OF_A_NODE, 500 if quick else 3000)
+    report.figure("node_lookup_us", node_us)
+    report.figure("client_lookup_us", client_us)
+    report.notes.append(f"*_lookup_us: a lookup of {KEYS_OF_A_NODE} keys at a node that is alone in its process")
     step("blocks are written to a node, and read")
     write_us, read_us = node_us_per_block(8192 if quick else 32_768)
     _figure(report, "node_write_us_per_block", write_us)
@@ -198,7 +203,7 @@ def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> Lookups:
 
         def look_up() -> list[Located | None]:
             found = pool.lookup(keys, TIMEOUT_S)
-            if None in found:
+            if not all(found):  # `None in found` would compare each, in Python
                 raise PoolError("missing", f"{found.count(None)} of {blocks} blocks were not found")
             return found
 
@@ -214,6 +219,24 @@ def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> Lookups:
         _store(pool, [*chains[0], *(block for chain in chains[1:] for block in chain[BEGINNING_BLOCKS:])], size)
         each = [member.blocks for member in pool.stat(TIMEOUT_S).members]
     return Lookups(took_ms, cpu_ms, len(held), bare_ms, bare_cpu_ms, max(each) * len(each) / sum(each))
+
+
+def lookup_us(blocks: int, lookups: int) -> tuple[float, float]:
+    """CPU microseconds of a node's process, and of this one, for a lookup of so many blocks at this node alone."""
+    news = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, 4096)
+    keys = [block.key for block in news]
+    with contextlib.ExitStack() as undo:
+        node = undo.enter_context(pool_process("--listen", "127.0.0.1:0", "--memory", str(MEMORY_BYTES)))
+        pool = connect_pool(node.address)
+        undo.callback(pool.close, 5.0)
+        _store(pool, news, 4096)
+        pool.lookup(keys, TIMEOUT_S)
+        begin_s, node_begin_s = time.process_time(), cpu_s(node.pid)
+        for _ in range(lookups):
+            if not all(pool.lookup(keys, TIMEOUT_S)):
+                raise PoolError("missing", "a block was not found")
+        node_s, client_s = cpu_s(node.pid) - node_begin_s, time.process_time() - begin_s
+    return 1e6 * node_s / lookups, 1e6 * client_s / lookups
 
 
 def _bare_ms(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from penstock.bench.processes import ProcessFailed
-from penstock.bench.scale_engines import engines_process
+from penstock.bench.scale_bare_beats import bare_beat_cpu_s
+from penstock.bench.scale_engines import engines_process, heartbeat_bytes
 from penstock.cluster.router.engine_registry import BEATS_PER_LEASE
 from penstock.cluster.router.router import ClusterEngine, RouterSettings
 from penstock.cluster.settings import RouterTimes
@@ -49,6 +50,9 @@ def measure_router(report: Report, quick: bool, step: Step) -> None:
     spent_s = heartbeat_cpu_s(beating, 256 if quick else 8192)
     report.figure("router_us_per_heartbeat", 1e6 * spent_s)
     _figure(report, "router_heartbeats_core_share", spent_s * beating / BEAT_S)
+    bare_s = bare_beat_cpu_s(beating, BEAT_S, heartbeat_bytes(), 256 if quick else 8192)
+    report.figure("bare_us_per_heartbeat", 1e6 * bare_s)
+    report.notes.append("bare_us_per_heartbeat: the bytes of heartbeats to an asyncio loop that only answers them")
     step(f"requests are placed on {placed_on} engines")
     _figure(report, "router_placed_per_s", 1.0 / request_cpu_s(placed_on, 64 if quick else 4096))
 
