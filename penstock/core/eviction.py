@@ -115,8 +115,8 @@ class PrefixIndex(Generic[Key]):
         """The use that orders this key, a time or a worth. Raises KeyError for a key that is not present."""
         return self._entries[key].use[0]
 
-    def add(self, key: Key, parent: Key, now: float, group: Hashable = None) -> None:
-        """Put a key in, unpinned, with the use `now`. Raises ValueError when it is present or its own parent."""
+    def add(self, key: Key, parent: Key, now: float, group: Hashable = None, pins: int = 0) -> None:
+        """Put a key in, with the use `now` and so many pins. Raises ValueError when it is present or its own parent."""
         if key in self._entries:
             raise ValueError(f"key {key!r} is in the index already")
         if key == parent:
@@ -125,7 +125,11 @@ class PrefixIndex(Generic[Key]):
         entry = _Entry(parent, group, (now, self._serial))
         self._entries[key] = entry
         self._children[parent] = self._children.get(parent, 0) + 1
-        self._offer(key, entry)
+        if pins:
+            entry.pins = pins
+            self._pinned += 1
+        else:
+            self._offer(key, entry)
 
     def touch(self, key: Key, now: float) -> None:
         """Note a use of a present key; one below its last use counts as that last use."""
@@ -140,8 +144,8 @@ class PrefixIndex(Generic[Key]):
         if entry.pins == 1:
             self._pinned += 1
 
-    def unpin(self, key: Key) -> None:
-        """Undo one `pin`. Raises ValueError when there is none."""
+    def unpin(self, key: Key) -> int:
+        """Undo one `pin`; how many are left. Raises ValueError when there is none."""
         entry = self._entries[key]
         if entry.pins == 0:
             raise ValueError(f"key {key!r} has no pin")
@@ -149,6 +153,7 @@ class PrefixIndex(Generic[Key]):
         if entry.pins == 0:
             self._pinned -= 1
             self._offer(key, entry)
+        return entry.pins
 
     def remove(self, key: Key) -> None:
         """Take a key out, whether a leaf or not. Raises KeyError when absent, ValueError when pinned."""
@@ -192,27 +197,23 @@ class PrefixIndex(Generic[Key]):
         """Queue an entry for eviction if it is a candidate and not queued yet."""
         if entry.pins or entry.ticket or key in self._children:
             return
-        entry.ticket = self._next_ticket()
+        self._ticket += 1
+        entry.ticket = self._ticket
         heap = self._heaps.setdefault(entry.group, [])
         heapq.heappush(heap, (entry.use, entry.ticket, key))
         self._queued += 1
         self._bound_heaps()
-
-    def _next_ticket(self) -> int:
-        self._ticket += 1
-        return self._ticket
 
     def _drop(self, key: Key, entry: _Entry[Key]) -> None:
         del self._entries[key]
         left = self._children[entry.parent] - 1
         if left:
             self._children[entry.parent] = left
-            self._bound_heaps()
-            return
-        del self._children[entry.parent]
-        parent = self._entries.get(entry.parent)
-        if parent is not None:
-            self._offer(entry.parent, parent)
+        else:
+            del self._children[entry.parent]
+            parent = self._entries.get(entry.parent)
+            if parent is not None:
+                self._offer(entry.parent, parent)
         self._bound_heaps()
 
     def _settled(self, group: Hashable) -> list[tuple[tuple[float, int], int, Key]] | None:
@@ -242,6 +243,9 @@ class PrefixIndex(Generic[Key]):
         return False
 
     def _least_heap(self) -> list[tuple[tuple[float, int], int, Key]] | None:
+        if len(self._heaps) == 1:
+            (heap,) = self._heaps.values()
+            return heap if self._settle(heap) else None
         settled = [heap for heap in self._heaps.values() if self._settle(heap)]
         return min(settled, key=lambda heap: heap[0][0], default=None)
 

@@ -44,9 +44,10 @@ class RankedQueue(Generic[T]):
     """Members by rank. `push` again after a member's rank changed; stale entries are skipped and swept when they
     outnumber the members. All operations are O(log n) amortised."""
 
-    __slots__ = ("_entries", "_heap")
+    __slots__ = ("_entries", "_heap", "changes")
 
     def __init__(self) -> None:
+        self.changes = 0  # how often its members, or their order, changed
         self._heap: list[tuple[Rank, int, T]] = []
         self._entries: dict[T, Rank] = {}
 
@@ -60,6 +61,7 @@ class RankedQueue(Generic[T]):
         """Add a member, or place it anew by its present rank."""
         if self._entries.get(item) == item.rank:
             return
+        self.changes += 1
         self._entries[item] = item.rank
         heapq.heappush(self._heap, (item.rank, id(item), item))
         if len(self._heap) > 2 * len(self._entries) + 64:
@@ -68,7 +70,8 @@ class RankedQueue(Generic[T]):
 
     def discard(self, item: T) -> None:
         """Take a member out; one that is not in is ignored."""
-        self._entries.pop(item, None)
+        if self._entries.pop(item, None) is not None:
+            self.changes += 1
 
     def peek(self) -> T | None:
         """The member of least rank."""

@@ -42,6 +42,7 @@ class Admission:
         self.prefills = 0
         self.blocked = False
         self._room_pages = 0  # when admission came to a stop
+        self._prefetched = -1  # `waiting.changes` when it was looked at for requests that may fetch meanwhile
         self._held_up: Request | None = None  # the aged request that does not fit into L1
         self._passers: dict[Request, int] = {}  # requests admitted before it since then, and their pages
         self._passed_pages = 0  # of all of them
@@ -182,8 +183,9 @@ class Admission:
 
     def prefetch_unadmitted(self, now: float) -> None:
         """Reactive: requests that L1 has no room for yet may fetch into a share of L2 meanwhile."""
-        if self._shared.config.mode == "coupled" or not self.blocked:
+        if self._shared.config.mode == "coupled" or not self.blocked or self.waiting.changes == self._prefetched:
             return
+        self._prefetched = self.waiting.changes
         for request in self.waiting.first(2):
             if request.reactive:
                 continue

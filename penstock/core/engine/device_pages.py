@@ -87,9 +87,7 @@ class DevicePages:
         self._key_of[page] = key
         self._insertions += 1
         self._inserted[key] = self._insertions
-        self._index.add(key, parent, 0.0)  # order of use, not time, decides
-        for _ in range(pins):
-            self._index.pin(key)
+        self._index.add(key, parent, 0.0, pins=pins)  # order of use, not time, decides
         if pins:
             self.in_use.add(key)
         else:
@@ -109,8 +107,7 @@ class DevicePages:
     def unpin(self, page: int) -> None:
         """End one use of a cached block."""
         key = self._key_of[page]
-        self._index.unpin(key)
-        if not self._index.pins(key):
+        if not self._index.unpin(key):
             self.in_use.discard(key)
             self._note_unpinned(key)
 

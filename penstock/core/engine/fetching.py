@@ -63,43 +63,45 @@ class Fetching:
 
     def _dispatch(self, queues: dict[Route, RankedQueue[Request]], reactive: bool, now: float) -> None:
         """Issue spans: the route of least (rank, in flight) first. Ranks do not change meanwhile, and what is in flight
-        only grows; so a route is placed anew only when its turn comes."""
-        turns: list[tuple[Rank, int, int, Route]] = []
-        for number, route in enumerate(queues):
-            turn = self._turn(queues[route], route, reactive)
-            if turn is not None:
-                turns.append((*turn, number, route))
+        only grows; so a route whose turn comes is placed anew only if spans were issued since it was placed."""
+        turns: list[tuple[Rank, int, int, int, Route, Request]] = []
+        for number, (route, queue) in enumerate(queues.items()):
+            if len(queue) and (request := self._due(queue, route, reactive)) is not None:
+                turns.append((request.rank, self._link(route[0]).in_flight, number, 0, route, request))
         heapq.heapify(turns)
+        issued = 0
         while turns:
-            rank, in_flight, number, route = turns[0]
-            now_due = self._turn(queues[route], route, reactive)
-            if now_due is None:
+            _, _, number, placed_at, route, request = turns[0]
+            if placed_at == issued:
+                self._issue_span(request, route, reactive, now)
+                issued += 1
+            due = self._due(queues[route], route, reactive)
+            if due is None:
                 heapq.heappop(turns)
-            elif now_due != (rank, in_flight):
-                heapq.heapreplace(turns, (*now_due, number, route))
             else:
-                self._issue_span(queues[route], route, reactive, now)
+                heapq.heapreplace(turns, (due.rank, self._link(route[0]).in_flight, number, issued, route, due))
 
-    def _turn(self, queue: RankedQueue[Request], route: Route, reactive: bool) -> tuple[Rank, int] | None:
-        """The place of a route in the order of turns; None: nothing can be issued there."""
-        if not len(queue) or not self._has_room(route, reactive):
-            return None
-        request = self._first_wanting(queue, route)
-        return None if request is None else (request.rank, self._link(route[0]).in_flight)
+    def _due(self, queue: RankedQueue[Request], route: Route, reactive: bool) -> Request | None:
+        """The request whose block goes over the route next; None: nothing can be issued there."""
+        return self._first_wanting(queue, route) if self._room(route, reactive) > 0 else None
 
-    def _issue_span(self, queue: RankedQueue[Request], route: Route, reactive: bool, now: float) -> None:
-        """Issue the first blocks that the request of least rank wants on the route, as far as there is room."""
-        request = self._first_wanting(queue, route)
-        assert request is not None
+    def _issue_span(self, request: Request, route: Route, reactive: bool, now: float) -> None:
+        """Issue the first blocks that the request wants on the route, as far as there is room."""
         at_most = min(self._span_blocks, self._room(route, reactive))
         span = list(islice(request.loads.wanted[route], at_most))
-        changed: dict[Request, None] = {}
+        shared = self._shared
         for name in route:
             self._link(name).in_flight += len(span)
-        for load in span:
-            self._issue(load, reactive, now)
-            changed |= dict.fromkeys(load.waiters)
-        for waiter in changed:
+        for load, slot in zip(span, shared.l2.take_for_loads(len(span)), strict=True):
+            load.slot, load.issued_s = slot, now
+            if reactive:
+                self._loads.set_reactive(load)
+            elif load.page is None and shared.config.mode == "penstock":
+                self._loads.reserve_page(load, shared.l1.take())
+            op_id = shared.next_op()
+            self._in_flight[op_id] = load
+            shared.outbox.append(Fetch(op_id, load.key, slot, route, shared.config.fetch_timeout_s))
+        for waiter in self._loads.advance(span, LoadState.FETCHING):
             self._changed(waiter, now)
 
     def _first_wanting(self, queue: RankedQueue[Request], route: Route) -> Request | None:
@@ -110,9 +112,6 @@ class Fetching:
             queue.discard(request)
         return None
 
-    def _has_room(self, route: Route, reactive: bool) -> bool:
-        return self._room(route, reactive) > 0
-
     def _room(self, route: Route, reactive: bool) -> int:
         """How many blocks may be issued on the route now."""
         l2 = self._shared.l2
@@ -122,7 +121,10 @@ class Fetching:
         if room <= 0:
             return room
         window = self._shared.config.fetch_window_blocks
-        return min(room, *(window - self._link(name).in_flight for name in route))
+        for name in route:
+            if (use := self._links.get(name)) is not None:
+                room = min(room, window - use.in_flight)
+        return min(room, window)
 
     def _link(self, name: str) -> LinkUse:
         use = self._links.get(name)
@@ -140,19 +142,6 @@ class Fetching:
             if number < spare or (self._now - last_done_s > LINK_FORGET_S and last_done_s):
                 del self._links[name]
                 self._shared.cost.forget(name)
-
-    def _issue(self, load: BlockLoad, reactive: bool, now: float) -> None:
-        shared = self._shared
-        load.slot = shared.l2.take_for_load()
-        load.issued_s = now
-        if reactive:
-            self._loads.set_reactive(load)
-        elif shared.config.mode == "penstock" and load.page is None:
-            self._loads.reserve_page(load, shared.l1.take())
-        self._loads.move(load, LoadState.FETCHING)
-        op_id = shared.next_op()
-        self._in_flight[op_id] = load
-        shared.outbox.append(Fetch(op_id, load.key, load.slot, load.hit.route, shared.config.fetch_timeout_s))
 
     def ended(self, op_ids: Sequence[int], failed: int, now: float) -> tuple[list[BlockLoad], float]:
         """Fetches on one route ended together, `failed` of them without their block: their loads, and how many seconds
@@ -184,7 +173,7 @@ class Fetching:
             if load.state is LoadState.WANTED and any(waiter.state is State.PREFILL for waiter in load.waiters)
         }
         for route in wanted:
-            assert not self._has_room(route, False), f"{route} is idle although a block waits for it"
+            assert self._room(route, False) <= 0, f"{route} is idle although a block waits for it"
 
     def check_integrity(self) -> None:
         """Assert that no window is exceeded."""

@@ -128,7 +128,7 @@ class KVHandoff:
 
     def needs_slot(self, slot: int) -> bool:
         """Whether a hand-off still needs a load's slot."""
-        return self._blocks_in_slot[slot] > 0
+        return self._blocks_in_slot.get(slot, 0) > 0
 
     def adopt(self, slot: int) -> None:
         """The load gave up its slot; it is freed here, after the last block was sent."""

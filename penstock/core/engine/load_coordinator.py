@@ -60,7 +60,8 @@ class LoadCoordinator:
         if request.state is State.PREFILL:
             self._fetching.not_reactive(request)
             for index, load in request.loads.by_index.items():
-                self._table.not_reactive(load)
+                if load.reactive:
+                    self._table.not_reactive(load)
                 if load.state is LoadState.UPLOADING and load.page is not None:
                     request.loads.set_page(index, load.page)
             if request.loads.staged:
@@ -128,41 +129,43 @@ class LoadCoordinator:
     def fetched(self, op_ids: Sequence[int], errors: Sequence[str | None], now: float) -> None:
         """Fetches on one route ended together: each block is in its slot, or its error names why not."""
         shared = self._shared
-        failed = sum(error is not None for error in errors)
+        failed = len(errors) - errors.count(None)
         loads, busy_s = self._fetching.ended(op_ids, failed, now)
         if arrived := len(loads) - failed:
             shared.count("fetched_blocks", arrived)
             shared.count("fetched_bytes", arrived * loads[0].hit.size_bytes)
-        changed: dict[Request, None] = {}
-        staged: list[BlockLoad] = []
-        for load, error in zip(loads, errors, strict=True):
-            if error is None:
-                self._staged(load, changed, now)
-                staged.append(load)
-                continue
-            shared.count("fetch_failures")
-            if not self._other_side(load, error):
-                self._failed(load, error, now)
-        for waiter in changed:
+        staged = [load for load, error in zip(loads, errors, strict=True) if error is None] if failed else loads
+        waiters = self._staged(staged, now) if staged else {}
+        for load, error in zip(loads, errors, strict=True) if failed else ():
+            if error is not None:
+                shared.count("fetch_failures")
+                if not self._other_side(load, error):
+                    self._failed(load, error, now)
+        for waiter in waiters:
             waiter.account.measured_fetch_s += busy_s
             if waiter.state is State.PREFILL:
                 self._uploading.offer(waiter)
             self._changed(waiter, now)
         for load in staged:
-            if load.state is LoadState.STAGED:
+            if load.reactive and load.state is LoadState.STAGED:
                 self._bound_reactive(load)
 
-    def _staged(self, load: BlockLoad, changed: dict[Request, None], now: float) -> None:
-        """A block is in its slot; adds the requests that wait for it to `changed`."""
-        self._table.move(load, LoadState.STAGED)
-        if not load.waiters:
-            self._release_if_unwanted(load)
-            return
-        for waiter, index in list(load.waiters.items()):
-            self._table.hand_over(waiter, index, load)
-            waiter.account.loaded_bytes += load.hit.size_bytes
-            waiter.account.read_over(load.hit.route, load.hit.size_bytes, load.issued_s, now)
-            changed[waiter] = None
+    def _staged(self, loads: Sequence[BlockLoad], now: float) -> dict[Request, list[BlockLoad]]:
+        """Blocks of one size that came over one route are in their slots; returns the requests that wait for them, each
+        with its loads."""
+        route, issued_s = loads[0].hit.route, loads[0].issued_s
+        waiters = self._table.advance(loads, LoadState.STAGED)
+        for load in loads:
+            if not load.waiters:
+                self._release_if_unwanted(load)
+        for waiter, own in waiters.items():
+            size_bytes = len(own) * loads[0].hit.size_bytes
+            waiter.account.loaded_bytes += size_bytes
+            waiter.account.read_over(route, size_bytes, issued_s, now)
+            if waiter.spec.hand_off is not None:
+                for load in own:
+                    self._table.hand_over(waiter, load.waiters[waiter], load)
+        return waiters
 
     def _other_side(self, load: BlockLoad, error: str) -> bool:
         """A fetch failed: have the block fetched on the other side of a request that waits for it, if there is one."""
@@ -207,12 +210,8 @@ class LoadCoordinator:
     def uploaded(self, op_id: int, now: float) -> None:
         """An upload ended: its blocks are in L1, cached for everybody."""
         group, busy_s = self._uploading.ended(op_id, now)
-        self._shared.cost.upload.observe(sum(load.hit.size_bytes for load in group), busy_s)
-        changed: dict[Request, None] = {}
-        for load in group:
-            self._arrive(load)
-            changed.update(dict.fromkeys(load.waiters))
-        for waiter in changed:
+        self._shared.cost.upload.observe(len(group) * group[0].hit.size_bytes, busy_s)
+        for waiter in self._arrive(group):
             waiter.account.measured_upload_s += busy_s
             self._changed(waiter, now)
 
@@ -223,22 +222,30 @@ class LoadCoordinator:
         for load in group:
             self._failed(load, error, now)
 
-    def _arrive(self, load: BlockLoad) -> None:
+    def _arrive(self, group: Sequence[BlockLoad]) -> dict[Request, list[BlockLoad]]:
+        """Blocks are in L1, each pinned for those who wait for it and are admitted; returns all who wait."""
         shared = self._shared
-        l1, page = shared.l1, load.page
-        assert page is not None
-        del self.loads[load.key]
-        self._table.free_slot(load)
-        users = [(waiter, index) for waiter, index in load.waiters.items() if waiter.state is State.PREFILL]
-        if not users:
-            l1.in_use.discard(load.key)
-        l1.insert(load.key, load.parent, page, pins=len(users))  # no other request caches a block that is being loaded
-        for waiter, index in load.waiters.items():
-            waiter.loads.remove(index)
-        for waiter, index in users:
-            waiter.loads.fill(index)
-            waiter.count_cached(shared.config.block_tokens)
-            self._table.in_l1(waiter, index)
+        l1 = shared.l1
+        for load in group:
+            assert load.page is not None
+            del self.loads[load.key]
+            self._table.free_slot(load)
+            users = 0
+            for waiter in load.waiters:
+                users += waiter.state is State.PREFILL
+            if not users:
+                l1.in_use.discard(load.key)
+            l1.insert(load.key, load.parent, load.page, pins=users)  # nobody else caches a block that is being loaded
+        waiters = self._table.waiters_of(group)
+        for waiter, own in waiters.items():
+            admitted = waiter.state is State.PREFILL
+            indexes = [load.waiters[waiter] for load in own]
+            waiter.loads.uploaded(indexes, ready=admitted)
+            if admitted:
+                waiter.count_cached(len(own) * shared.config.block_tokens)
+                for index in indexes if waiter.spec.hand_off is not None else ():
+                    self._table.in_l1(waiter, index)
+        return waiters
 
     # -- for integrity and views --------------------------------------------------------------------------------
 

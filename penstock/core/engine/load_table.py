@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from penstock.core.engine.kv_handoff import KVHandoff
 from penstock.core.engine.request import Request
 from penstock.core.engine.request_loads import BlockLoad, LoadState
@@ -26,6 +28,29 @@ class LoadTable:
             waiter.loads.move(load, state, hit)
             self._shared.revalued(waiter)
         load.state, load.hit = state, hit
+
+    @staticmethod
+    def waiters_of(loads: Sequence[BlockLoad]) -> dict[Request, list[BlockLoad]]:
+        """Who waits for any of the loads, each with those, in order."""
+        found: dict[Request, list[BlockLoad]] = {}
+        for load in loads:
+            for waiter in load.waiters:
+                if waiter in found:
+                    found[waiter].append(load)
+                else:
+                    found[waiter] = [load]
+        return found
+
+    def advance(self, loads: Sequence[BlockLoad], state: LoadState) -> dict[Request, list[BlockLoad]]:
+        """Loads as `RequestLoads.advance` takes them reach a later state together, for everybody who waits for them;
+        returns who that is, each with its loads."""
+        waiters = self.waiters_of(loads)
+        for waiter, own in waiters.items():
+            waiter.loads.advance(own, state)
+            self._shared.revalued(waiter)
+        for load in loads:
+            load.state = state
+        return waiters
 
     def reserve_page(self, load: BlockLoad, page: int | None) -> None:
         """Give the load its page of L1. None: no page is free; it takes one when it is uploaded."""
@@ -73,7 +98,8 @@ class LoadTable:
                 self._shared.outbox.append(Drop(load.slot))
             self._shared.l2.free_load(load.slot)
         load.slot, load.retained = None, False
-        self.not_reactive(load)
+        if load.reactive:
+            self.not_reactive(load)
 
     def set_reactive(self, load: BlockLoad) -> None:
         """The load's slot counts against the share of reactive loads."""

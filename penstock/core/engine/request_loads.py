@@ -11,6 +11,7 @@ Invariants, checked by `check_integrity`:
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -120,7 +121,7 @@ class RequestLoads:
         self._enter(load, load.state, load.hit.route)
 
     def remove(self, index: int) -> BlockLoad:
-        """Block `index` is not loaded any more: it arrived, failed or is not needed."""
+        """Block `index` is not loaded any more: it failed or is not needed."""
         load = self.by_index.pop(index)
         self._leave(load)
         self.upload_bytes -= load.hit.size_bytes
@@ -137,6 +138,32 @@ class RequestLoads:
             self._add_bytes(load.hit.route, -load.hit.size_bytes)
         if after and (not before or hit is not load.hit):
             self._add_bytes(hit.route, load.hit.size_bytes)
+
+    def advance(self, loads: Sequence[BlockLoad], state: LoadState) -> None:
+        """Some of the loads, of one size and in one state, and over one route if they are not in L2 yet, are about to
+        reach a later state."""
+        before, count = loads[0].state, len(loads)
+        self.counts[before] -= count
+        self.counts[state] += count
+        if before is LoadState.WANTED:
+            wanted = self.wanted[loads[0].hit.route]
+            for load in loads:
+                del wanted[load]
+        elif before is LoadState.STAGED:
+            for load in loads:
+                del self.staged[load]
+        if state is LoadState.STAGED:
+            self.staged.update(dict.fromkeys(loads))
+        if before in TO_FETCH and state not in TO_FETCH:
+            self._add_bytes(loads[0].hit.route, -count * loads[0].hit.size_bytes)
+
+    def uploaded(self, indexes: Sequence[int], ready: bool) -> None:
+        """Blocks that were UPLOADING are not loaded any more; `ready`: they have pages, with their KV now."""
+        self.counts[LoadState.UPLOADING] -= len(indexes)
+        for index in indexes:
+            self.upload_bytes -= self.by_index.pop(index).hit.size_bytes
+            if ready:
+                self.ready[index] = True
 
     def _enter(self, load: BlockLoad, state: LoadState, route: Route) -> None:
         self.counts[state] += 1

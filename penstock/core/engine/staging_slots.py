@@ -25,11 +25,13 @@ class StagingSlots:
         """Slots that loads may still take."""
         return min(len(self._free), self.total - 1 - self._hands_off - self.loads)
 
-    def take_for_load(self) -> int:
-        """A slot for a load; there must be one (`free_for_loads`)."""
-        assert self.free_for_loads > 0
-        self.loads += 1
-        return self._free.pop()
+    def take_for_loads(self, count: int) -> list[int]:
+        """Slots for so many loads; there must be as many (`free_for_loads`)."""
+        assert 0 < count <= self.free_for_loads
+        self.loads += count
+        taken = self._free[: -count - 1 : -1]
+        del self._free[-count:]
+        return taken
 
     def take_for_save(self) -> int | None:
         """A slot for a save; None when saves have their share, or no slot may be taken."""

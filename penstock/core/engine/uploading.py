@@ -85,7 +85,6 @@ class Uploading:
         followed = self._is_followed(request)
         blocks = []
         retained = set()
-        changed: dict[Request, None] = {}
         for load in group:
             assert load.slot is not None and load.page is not None
             blocks.append((load.slot, load.page))
@@ -93,15 +92,14 @@ class Uploading:
                 load.retained = True
                 retained.add(load.slot)
             load.upload_op = op_id
-            self._loads.move(load, LoadState.UPLOADING)
             for waiter, index in load.waiters.items():
                 if waiter.state is State.PREFILL:
                     waiter.loads.set_page(index, load.page)
-                changed[waiter] = None
+        waiters = self._loads.advance(group, LoadState.UPLOADING)
         self._link.in_flight += 1
         self._in_flight[op_id] = (tuple(group), now)
         shared.outbox.append(Upload(op_id, tuple(blocks), frozenset(retained), followed))
-        for waiter in changed:
+        for waiter in waiters:
             self._changed(waiter, now)
 
     def ended(self, op_id: int, now: float) -> tuple[tuple[BlockLoad, ...], float]:

@@ -28,7 +28,7 @@ from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.ways import MESSAGES, count_read, count_written, note_link
 from penstock.pool.node_backend import BlockOrigin
-from penstock.pool.spans import Gather, PartEnded, read_each, write_each
+from penstock.pool.spans import Gather, PartEnded, call_done_many, read_each, write_each
 from penstock.pool.union.child import BlockEnded
 from penstock.units import format_address, format_bytes
 
@@ -221,17 +221,37 @@ class RemotePool:
         """Receive the blocks directly into `intos`, in as few messages as the node allows, and verify each."""
         if self._read_one_sided(keys, size_bytes, intos, timeout_s, done, checks):
             return
-        at_most = self._link.node.span_bytes_max
-        if 2 * staging_bytes(size_bytes) > at_most or min(map(len, intos)) < size_bytes:
+        at_most, padded = self._link.node.span_bytes_max, staging_bytes(size_bytes)
+        if 2 * padded > at_most or min(map(len, intos), default=0) < size_bytes:
             read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
             return
+        if checks is None:
+            checks = [None] * len(keys)
+        spans = parts(list(range(len(keys))), padded, at_most)
+        if len(spans) == 1:
+            self._read_span(
+                keys, size_bytes, intos, timeout_s, lambda errors: call_done_many(done, list(errors)), checks
+            )
+            return
         gather = Gather(len(keys), done)
-        for some in parts(list(range(len(keys))), staging_bytes(size_bytes), at_most):
-            message = wire.ReadMany(self._link.next_id(), b"".join(keys[at] for at in some), size_bytes, 0.0)
-            buffers = [intos[at][:size_bytes] for at in some]
-            end = partial(self._span_read, size_bytes, gather.part(some), len(some))
-            found = [checks[at] for at in some] if checks is not None else [None] * len(some)
-            self._link.submit("read", message, buffers, timeout_s, end, found)
+        for some in spans:
+            into, found = [intos[at] for at in some], [checks[at] for at in some]
+            self._read_span([keys[at] for at in some], size_bytes, into, timeout_s, gather.part(some), found)
+
+    def _read_span(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        ended: PartEnded,
+        checks: Sequence[ReadCheck | None],
+    ) -> None:
+        """Receive blocks that one message may ask for."""
+        message = wire.ReadMany(self._link.next_id(), b"".join(keys), size_bytes, 0.0)
+        buffers = [into[:size_bytes] for into in intos]
+        end = partial(self._span_read, size_bytes, ended, len(keys))
+        self._link.submit("read", message, buffers, timeout_s, end, checks)
 
     def _read_one_sided(
         self,
