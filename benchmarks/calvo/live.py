@@ -136,8 +136,8 @@ def _measure(
     cells: dict[Cell, Pooled] = {}
     mixed = "icl" in datasets and {"sjf-compute", "sjf"} <= set(policies)
     per_rate = len(policies) + 1
-    per_mixed = 2 + repeats * len(MIXED_POLICIES)
-    steps = len(datasets) * (2 + repeats * len(rates) * per_rate) + mixed * len(MIXED_RATES) * per_mixed
+    per_mixed = 3 + repeats * len(MIXED_POLICIES)
+    steps = len(datasets) * (3 + repeats * len(rates) * per_rate) + mixed * len(MIXED_RATES) * per_mixed
     task = progress.add_task("start", total=steps)
     shuffle = random.Random(0)
     with testbed(scale) as bed:
@@ -186,7 +186,8 @@ class _Dataset:
         bed.warm(self._requests)
 
     def calibrate(self, report: Report) -> None:
-        """The baseline's capacity (a closed loop of all requests) and its TTFT without interference (one at a time)."""
+        """The baseline's capacity (a closed loop of all requests) and its TTFT without interference (one at a time);
+        and how much of the link the same closed loop uses without the baseline's order of stages."""
         no_slo = [1e5] * len(self._requests)
         self._progress.update(self._task, description=f"{self._label}: baseline alone")  # type: ignore[arg-type]
         alone = self._bed.run(self._requests, no_slo, "coupled", "fcfs", outstanding=1)
@@ -199,6 +200,12 @@ class _Dataset:
         self._advance()
         self._bed.forget(self._requests)
         self._capacity = len(self._requests) / full.wall_s
+        self._progress.update(self._task, description=f"{self._label}: closed loop")  # type: ignore[arg-type]
+        loop = self._bed.run(self._requests, no_slo, "penstock", "fcfs", outstanding=8)
+        self._advance()
+        self._bed.forget(self._requests)
+        share = loop.fetched_bytes / loop.wall_s / self._bed.scale.paced_bytes_per_s
+        report.figure(f"{self._label}_closed_loop_fetch_link_share", share, 1.0)
         time_factor = self._bed.scale.time_factor
         report.figure(f"{self._label}_baseline_capacity_per_s", self._capacity * time_factor)
         report.figure(f"{self._label}_baseline_ttft_alone_s", statistics.mean(self._alone_s) / time_factor)

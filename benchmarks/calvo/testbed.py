@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from benchmarks.pool_fill import fill_pool
 from penstock.bench.processes import pool_process
 from penstock.core.bandwidth import LinkCost
-from penstock.core.config import Mode, Policy, SchedulerConfig
+from penstock.core.config import FETCH_WINDOW_BLOCKS, Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
+from penstock.engine.build import SAVE_WINDOW_BLOCKS, UPLOAD_GROUP_BLOCKS
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
@@ -196,7 +197,9 @@ class Testbed:
         pool.close(10.0)
 
     def config(self, mode: Mode, policy: Policy) -> SchedulerConfig:
-        """Settings of the engine's scheduler for one mode and policy."""
+        """Settings of the engine's scheduler for one mode and policy. Windows and groups hold as many tokens whatever
+        the size of a block, so that with links in proportion they cover as much time."""
+        per_block = CONTEXT_TOKENS // self._block_tokens
         return SchedulerConfig(
             block_tokens=self._block_tokens,
             block_bytes=self.block_bytes,
@@ -205,6 +208,9 @@ class Testbed:
             mode=mode,
             policy=policy,
             max_batch_tokens=8192,
+            fetch_window_blocks=FETCH_WINDOW_BLOCKS * per_block,
+            upload_group_blocks=UPLOAD_GROUP_BLOCKS * per_block,
+            save_window_blocks=SAVE_WINDOW_BLOCKS * per_block,
             age_bound_s=60.0 * self.scale.time_factor,
         )
 
