@@ -6,9 +6,12 @@ import logging
 import queue
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -81,6 +84,38 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[wire.Request]:
 
     monkeypatch.setattr(Connection, "send", noted)
     return sent
+
+
+def test_reading_a_span_costs_its_caller_as_many_calls_as_reading_two_blocks(rig: NodeRig) -> None:
+    """Counted are calls of Python functions on the caller's thread, which is an engine's control thread."""
+    client = rig.client(rig.node())
+    pairs = chain("calls", SPAN_BLOCKS_MAX)
+    assert set(write_span(client, pairs)) == {"ok"}
+    keys = [key for key, _ in pairs]
+    intos = [aligned_buffer(4096) for _ in keys]
+    counts = []
+    for blocks in (SPAN_BLOCKS_MAX, 2, SPAN_BLOCKS_MAX):
+        ended: queue.SimpleQueue[list[PoolError | None]] = queue.SimpleQueue()
+        counts.append(python_calls(partial(client.read_many, keys[:blocks], 4096, intos[:blocks], 10.0, ended.put)))
+        assert reasons(ended.get(timeout=WAIT_S)) == ["ok"] * blocks
+    assert max(counts) <= min(counts) + 4 and min(counts) < 40, counts
+
+
+def python_calls(work: Callable[[], object]) -> int:
+    """Calls of Python functions of this thread, during `work`."""
+    count = 0
+
+    def called(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
 
 
 @pytest.mark.parametrize("size_bytes", [4096, 5000, 100])
