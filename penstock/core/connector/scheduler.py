@@ -269,11 +269,13 @@ class ConnectorScheduler:
             del self._entries[entry.request.request_id]
 
     def forget_all(self, now: float) -> None:
-        """All keys so far are void for the host: every request ends here, its loads land without a block, and saves
-        that have not begun are dropped. Requests may be submitted anew."""
+        """All keys so far are void for the host: every request and hand-off ends here, also those of requests that
+        finished, loads land without a block, and saves that have not begun are dropped. Requests may be submitted
+        anew."""
         entries = list(self._entries.values())
         self._granting.spoil(entries)
         for entry in entries:
+            self._hand_offs.cancel(entry.request, "cancelled")
             self.finish(entry.request.request_id, now)
         self._saving.drop_queued(None)
 

@@ -415,6 +415,20 @@ def test_a_hand_off_that_is_late_ends_and_a_page_that_is_being_copied_stays_pinn
     assert rig.scheduler.idle and len(rig.ended) == 1
 
 
+def test_what_a_finished_request_still_sends_ends_when_all_keys_are_void() -> None:
+    """The host has other weights: no block of the old ones may count as sent."""
+    rig = HandRig(forward_window_blocks=1)
+    rig.hand_over(3, hand_off("d", frozenset(), frozenset()))
+    rig.compute(3)
+    rig.scheduler.finish("r", rig.now, cancelled=False)
+    rig.run()
+    assert not rig.ended and len(rig.forwards) == 1
+    rig.scheduler.forget_all(rig.now)
+    rig.run()
+    assert rig.ended == [HandedOver("r", 3, {"cancelled": 3})]
+    assert len(rig.send()) == 1 and not rig.forwards, "what was on its way ends, nothing begins"
+
+
 def test_what_was_handed_over_is_loaded_from_the_relay_without_a_lookup_and_not_saved_again() -> None:
     rig = HandRig(link_bytes_per_s=1e3)  # computing would be faster
     for _ in range(10):
