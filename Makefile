@@ -8,11 +8,11 @@ DOCS_VENV ?= .venv-docs
 OUT ?= out
 TORCH_ARGS ?=
 AUDIT_ARGS ?=
-# Processes that tests run in, each with files of its own. Tests wait for half of their time, so that three keep two cores
+# Processes that tests run in, each with files of its own. Tests wait for half of their time, so that four keep two cores
 # busy; where there is one CPU, WORKERS=0 runs them in pytest itself. Each of VLLM_WORKERS starts vLLMs of 1.5 GiB.
-WORKERS ?= 3
+WORKERS ?= 4
 VLLM_WORKERS ?= 2
-BESIDE := -n $(WORKERS) --dist loadfile
+BESIDE := -n $(WORKERS) --dist loadfile --max-worker-restart=0
 # A test that failed runs once more, on this machine whose processors others share; the closing lines list it as RERUN, and
 # whoever reads it looks for the cause. RERUNS=0 gives no second chance.
 RERUNS ?= 1
@@ -185,7 +185,7 @@ test-vllm:
 	@mkdir -p $(OUT); rm -f $(OUT)/tests-vllm.xml; echo failed > $(OUT)/part-vllm.txt; \
 	why=$$($(PYTHON) tests/inside_vllm/supported.py); case $$? in \
 		0) $(MAKE) --no-print-directory venv-vllm && \
-			$(VLLM_BIN)/python -m pytest -n $(VLLM_WORKERS) --dist loadfile $(TWICE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
+			$(VLLM_BIN)/python -m pytest -n $(VLLM_WORKERS) --dist loadfile --max-worker-restart=0 $(TWICE) --junit-xml=$(OUT)/tests-vllm.xml tests/inside_vllm && \
 			echo passed > $(OUT)/part-vllm.txt ;; \
 		3) echo skipped > $(OUT)/part-vllm.txt; echo "make test-vllm: skipped: $$why" ;; \
 		*) exit 1 ;; \
