@@ -691,16 +691,12 @@ def test_an_engine_that_is_closed_while_it_looks_up_ends_its_requests(llama: HFR
         pool.lookup_gate.open()
 
 
-class EndOfThread(BaseException):
-    """Ends a thread as SystemExit does, which now and then ended the whole process of the tests."""
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_ended_is_said(llama: HFRunner) -> None:
     runner = WatchedRunner(llama)
 
     def end(batch: object) -> bool:
-        raise EndOfThread
+        raise SystemExit
 
     with serving(runner, None, settle=False) as rig:
         assert rig.engine.healthy() == (True, "ok")

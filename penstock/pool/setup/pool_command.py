@@ -157,6 +157,17 @@ def _serve(config: PoolConfig, read: ReadConfig) -> None:
     serve_node(config, inbox, read, lambda live, _: _reload(live))
 
 
+@contextlib.contextmanager
+def _ended_by_its_threads() -> Iterator[None]:
+    """A thread that fails ends the process; when the node is closed, no longer: others may use the process then."""
+    before, threading.excepthook = threading.excepthook, _thread_failed
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@_ended_by_its_threads()
 def serve_node(
     config: PoolConfig,
     inbox: Inbox,
@@ -174,7 +185,6 @@ def serve_node(
     from penstock.process.file_limit import raise_file_limit
     from penstock.process.startup_objects import freeze_startup_objects
 
-    threading.excepthook = _thread_failed
     raise_file_limit()
     served = open_pool(config, serves=True)
     try:
