@@ -279,9 +279,9 @@ def test_kill_of_vllm_is_said_and_its_requests_are_computed_again(
 def test_kill_of_agents_ends_their_vllms_and_where_no_other_is_their_requests(cluster: Cluster) -> None:
     """The relay and the decode buffer are parts of the decode agent."""
     with cluster.router(no_engine_s=2.0) as router:
-        begun = ask(router, "killed", prompt_of(6, TOKENS), 1000)
-        wait_until(lambda: len(begun.tokens) > 3, "the answer has begun")
         trees = [one for agent in cluster.agents.values() for one in agent.tree()[1:]]
+        begun = ask(router, "killed", prompt_of(6, TOKENS), 1500)
+        wait_until(lambda: len(begun.tokens) > 3, "the answer has begun")
         cluster.agents["decode"].process.kill()
         assert begun.ended.wait(30.0) and begun.end is not None
         assert begun.end.finish_reason == "cancelled" and "only prefill engines" in str(begun.end.error), begun.end
