@@ -57,8 +57,10 @@ def _named(names: tuple[str, ...], module: dict[str, Any]) -> list[Any]:
 def _codes(value: Any) -> Iterator[tuple[CodeType, dict[str, Any]]]:
     """All code of a function, method or class of tests, with the globals that its names are looked up in."""
     if isinstance(value, type):
-        for member in vars(value).values():
-            yield from _codes(getattr(member, "fget", member))
+        for base in value.__mro__:
+            members = vars(base).values() if base.__module__.startswith("tests.") else ()
+            for member in members:
+                yield from _codes(getattr(member, "fget", member))
         return
     value = getattr(value, "__func__", value)
     value = getattr(getattr(value, "hypothesis", None), "inner_test", value)
