@@ -178,12 +178,15 @@ def test_a_key_with_memory_and_slab_of_its_own(
     tiny: Callable[[str], Path], computed: Callable[..., list[int]], key_file: Callable[[str], str], tmp_path: Path
 ) -> None:
     own: dict[str, Any] = {"pool": (), "memory": (MIB,), "slab": ((str(tmp_path / "kv.slab"), 8 * MIB),)}
-    want = computed(PROMPT)
+    prompts = [[number, *PROMPT[1:]] for number in range(6, 12)]  # the first block of one or the other is on the slab
     with engine(tiny, "", pool_key_file=key_file("one"), **own) as running:
-        assert ask(running).tokens == want
+        for prompt in prompts:
+            assert ask(running, prompt).tokens == computed(prompt)
     with engine(tiny, "", pool_key_file=key_file("one"), **own) as running:
-        again = ask(running)
-        assert again.tokens == want and again.report.loaded_bytes > 0 and not again.report.load_failures
+        again = [ask(running, prompt) for prompt in prompts]
+    assert [one.tokens for one in again] == [computed(prompt) for prompt in prompts]
+    assert not any(one.report.load_failures for one in again)
+    assert sum(one.report.loaded_bytes for one in again) > 0
 
 
 def test_a_key_file_that_cannot_be_used_ends_the_start_in_one_line(tiny: Callable[[str], Path], tmp_path: Path) -> None:

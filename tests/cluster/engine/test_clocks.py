@@ -48,7 +48,7 @@ def test_an_engine_whose_clock_is_ten_minutes_ahead() -> None:
             try:
                 assert remote.stdout is not None and remote.stdin is not None
                 assert float(remote.stdout.readline()) - time.monotonic() > 500
-                wait_until(lambda: "far" in c.router.port.engines, "the engine")
+                wait_until(lambda: "far" in c.router.port.engines and c.router.vocab_size > 0, "the engine")
                 epoch = c.router.port.engines["far"].epoch
                 until_s = time.monotonic() + 3.0  # three leases
                 number = 0
