@@ -4,39 +4,30 @@ process."""
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from penstock.bench.scale_paced import BLOCK_BYTES, TIMEOUT_S, PacedPool, buffers, paced_pool, read, store
 from penstock.core.keys import KEY_BYTES, BlockKey
-from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.runs import begins_run
-from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.local.local_pool import LocalPool
-from penstock.pool.members.memory import MemoryMember
-from penstock.pool.net.connect import open_union
-from penstock.pool.net.node import PoolNode
 from penstock.pool.union.union_pool import UnionPool
 from penstock.report import Report
 
 POOLS = {8: "striped", 20: "owners"}  # nodes: how a pool of so many places blocks
 SHARE = 0.4
-BLOCK_BYTES = 32 << 10
 PACE_BYTES_PER_S = 20e6
 NODE_BYTES = 16 << 20
-STAGING_BYTES = 4 << 20
 HOT_PREFIXES, HOT_BLOCKS = 4, 32
 PREFIXES, PREFIX_BLOCKS = 48, 8
 POPULARITY = 1.2  # exponent: of the prefixes, the n-th is read in proportion to n ** -POPULARITY
 READERS = 4
 WARM_READS = 6  # of a prefix, that make it hot
 SETTLED_S, QUICK_SETTLED_S, SETTLED_S_MAX = 8.0, 1.0, 60.0  # nothing was copied for so long
-TIMEOUT_S = 60.0
 Step = Callable[[str], None]
 
 
@@ -47,15 +38,6 @@ class _Found:
     hot_bytes_per_s: float
     hottest_over_mean: float
     hits_kept: float
-
-
-@dataclass(slots=True)
-class _Nodes:
-    """Nodes of this process with paced links, and a client of them."""
-
-    pools: list[LocalPool] = field(default_factory=list)
-    nodes: list[PoolNode] = field(default_factory=list)
-    client: UnionPool = field(init=False)
 
 
 def measure_copies(report: Report, quick: bool, step: Step) -> None:
@@ -75,12 +57,12 @@ def measure_copies(report: Report, quick: bool, step: Step) -> None:
 
 def _measure(nodes: int, share: float, reads: int, draws: int, settled_s: float) -> _Found:
     chance = random.Random(7)
-    with _pool(nodes, share) as made:
+    with paced_pool(nodes, NODE_BYTES, PACE_BYTES_PER_S, PoolPolicy(copies_share=share)) as made:
         client = made.client
         hot = [_hot_keys(chance) for _ in range(HOT_PREFIXES)]
         cold = [[chance.randbytes(KEY_BYTES) for _ in range(PREFIX_BLOCKS)] for _ in range(PREFIXES)]
         for keys in (*hot, *cold):
-            _store(client, keys)
+            store(client, keys)
         _read_together(client, hot * WARM_READS)
         _settle(client, share, SETTLED_S_MAX, HOT_PREFIXES * HOT_BLOCKS)
         begin_s = time.perf_counter()
@@ -105,39 +87,21 @@ def _hot_keys(chance: random.Random) -> list[BlockKey]:
     return keys
 
 
-def _kept(made: _Nodes, hot: Sequence[Sequence[BlockKey]]) -> float:
+def _kept(made: PacedPool, hot: Sequence[Sequence[BlockKey]]) -> float:
     """The share of some prefixes that is read after the node where the first one's last block was found has ended."""
     hit = made.client.lookup(hot[0], TIMEOUT_S)[-1]
     assert hit is not None, "it was read"
     next(node for node in made.nodes if hit.route[-1] == f"net@{node.place}").close(5.0)
-    read = 0
+    kept_blocks = 0
     for keys in hot:
         hits = made.client.lookup(keys, TIMEOUT_S)
         kept = next((at for at, hit in enumerate(hits) if hit is None), len(keys))
-        read += sum(_read(made.client, keys[:kept])) if kept else 0
-    return read / sum(map(len, hot))
+        kept_blocks += read(made.client, keys[:kept], buffers(kept)).count(None) if kept else 0
+    return kept_blocks / sum(map(len, hot))
 
 
-def _sent(made: _Nodes) -> list[int]:
+def _sent(made: PacedPool) -> list[int]:
     return [sum(member.read_bytes for member in pool.stat(1.0).members) for pool in made.pools]
-
-
-@contextlib.contextmanager
-def _pool(nodes: int, share: float) -> Iterator[_Nodes]:
-    made = _Nodes()
-    with contextlib.ExitStack() as undo:
-        for number in range(nodes):
-            members = [MemoryMember("memory:0", NODE_BYTES)]
-            pool = LocalPool(members, [1e9], PoolPolicy(copies_share=share))
-            undo.callback(pool.close, 5.0)
-            node = PoolNode(pool, "127.0.0.1", 0, f"node{number}", PACE_BYTES_PER_S, STAGING_BYTES)
-            undo.callback(node.close, 5.0)
-            made.pools.append(pool)
-            made.nodes.append(node)
-        places, weights = [node.place for node in made.nodes], [PACE_BYTES_PER_S] * nodes
-        made.client = open_union(None, places, weights, follow_bandwidth=False)
-        undo.callback(made.client.close, 5.0)
-        yield made
 
 
 def _settle(client: UnionPool, share: float, settled_s: float, blocks: int | None = None) -> None:
@@ -150,16 +114,6 @@ def _settle(client: UnionPool, share: float, settled_s: float, blocks: int | Non
         if copied >= blocks if blocks is not None else time.monotonic() - since_s >= settled_s:
             return
         time.sleep(0.1)
-
-
-def _store(client: UnionPool, keys: Sequence[BlockKey]) -> None:
-    parents = [bytes(KEY_BYTES), *keys]
-    blocks = [
-        NewBlock(key, parent, BLOCK_BYTES, prefix_position(keys[0], at))
-        for at, (key, parent) in enumerate(zip(keys, parents, strict=False))
-    ]
-    memory = aligned_buffer(BLOCK_BYTES)
-    _wait(lambda done: client.write_many(blocks, [memory] * len(blocks), TIMEOUT_S, done), len(blocks))
 
 
 def _read_together(client: UnionPool, prefixes: Sequence[Sequence[BlockKey]]) -> None:
@@ -175,7 +129,7 @@ def _read_together(client: UnionPool, prefixes: Sequence[Sequence[BlockKey]]) ->
                     return
                 keys = left.pop()
             try:
-                if None in client.lookup(keys, TIMEOUT_S) or not all(_read(client, keys)):
+                if None in client.lookup(keys, TIMEOUT_S) or any(read(client, keys, buffers(len(keys)))):
                     raise PoolError("missing", "a block that was written was not read")
             except (PoolError, TimeoutError) as error:
                 failed.append(error)
@@ -187,29 +141,3 @@ def _read_together(client: UnionPool, prefixes: Sequence[Sequence[BlockKey]]) ->
         thread.join()
     if failed:
         raise failed[0]
-
-
-def _read(client: UnionPool, keys: Sequence[BlockKey]) -> list[bool]:
-    """Whether each block was read."""
-    memory = aligned_buffer(BLOCK_BYTES * len(keys))
-    views = [memory[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES] for at in range(len(keys))]
-    return _ends(lambda done: client.read_many(keys, BLOCK_BYTES, views, TIMEOUT_S, done))
-
-
-def _ends(begin: Callable[[Callable[[list[PoolError | None]], None]], None]) -> list[bool]:
-    """Whether each block of a span ended well. Raises TimeoutError."""
-    ended, results = threading.Event(), list[PoolError | None]()
-
-    def done(errors: list[PoolError | None]) -> None:
-        results.extend(errors)
-        ended.set()
-
-    begin(done)
-    if not ended.wait(2 * TIMEOUT_S):
-        raise TimeoutError("a span did not end")
-    return [error is None for error in results]
-
-
-def _wait(begin: Callable[[Callable[[list[PoolError | None]], None]], None], blocks: int) -> None:
-    if _ends(begin) != [True] * blocks:
-        raise PoolError("full", "a block was not stored")

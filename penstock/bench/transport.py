@@ -29,13 +29,13 @@ from penstock.bench.transport_one_sided import conclude_one_sided, cpu_s, measur
 from penstock.command_line import PlotFile, refuse
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
+from penstock.extras import missing_modules
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError, ReadCheck
 from penstock.pool.authenticated import authenticated
 from penstock.pool.checksum import block_checksum
 from penstock.pool.mac import PoolKey
 from penstock.pool.net.connect import connect_pool
-from penstock.pool.net.one_sided_agent import transport_installed
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.process.child_python import python_command
@@ -110,7 +110,7 @@ def transport(
             if pool_key is not None:
                 proofs["mac"] = Proof(pool_key=pool_key)
             results = _measure(console, loads, repeats, run_mib << 20, proofs)
-        one_sided = measure_one_sided(repeats, run_mib << 20) if transport_installed("nixl") else None
+        one_sided = measure_one_sided(repeats, run_mib << 20) if not missing_modules("nixl") else None
     except (OSError, ValueError, PoolError, ProcessFailed) as error:
         refuse("penstock bench transport", error, status=1)
     _conclude(report, results, loads, pool_key)

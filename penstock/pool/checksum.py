@@ -14,4 +14,4 @@ def checksum_seed(key: BlockKey) -> int:
 
 def block_checksum(key: BlockKey, data: memoryview) -> int:
     """Checksum of all of `data` (exactly the block's `size_bytes`); runs without the GIL."""
-    return xxhash.xxh3_64_intdigest(data, int.from_bytes(key[:8], "little"))
+    return xxhash.xxh3_64_intdigest(data, checksum_seed(key))

@@ -56,7 +56,7 @@ class SupervisedProcess(RestartedProcess):
 
     def _spawn(self) -> subprocess.Popen[str]:
         self.ready.clear()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             list(self.words()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -68,10 +68,14 @@ class SupervisedProcess(RestartedProcess):
             pass_fds=tuple(self.handles()),
             env=child_environment(),
         )
-        for stream in (process.stdout, process.stderr):
+
+    def begin(self) -> None:
+        """Start the process, and the threads that read its output. Raises OSError."""
+        super().begin()
+        assert self._process is not None
+        for stream in (self._process.stdout, self._process.stderr):
             assert stream is not None
             GuardedThread(f"output-{self.name}", partial(self._read, stream), kind="output", restarts=True).start()
-        return process
 
     def _pause(self, now: float, why: str) -> None:
         if self._process is None:  # it never started: what is said of it is all there is

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS, transport_installed
+from penstock.extras import missing_modules
+from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS
 from tests.io.guest_tests import GuestKind, pytest_command
 from tests.io.qemu_guest import (
     REPOSITORY,
@@ -62,7 +63,7 @@ def missing_rdma() -> str | None:
     if reason := missing_qemu():
         return reason
     for kind in RDMA_TRANSPORTS:
-        if not transport_installed(kind):
+        if missing_modules(kind):
             return f"the {kind} extra is not installed"
     if kernel() is None or any(_module(name) is None for name in MODULES):
         return f"needs a generic kernel with rdma_rxe in {ROOT} (Debian: linux-image-*-amd64)"

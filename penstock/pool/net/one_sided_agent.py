@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
 RdmaTransport = Literal["nixl", "verbs"]
-RDMA_TRANSPORTS: tuple[RdmaTransport, ...] = get_args(RdmaTransport)
-MODULES = {"nixl": "nixl_cu12", "verbs": "ibverbs"}  # what each needs, of the extra of its name
+RDMA_TRANSPORTS: tuple[RdmaTransport, ...] = get_args(RdmaTransport)  # each needs the extra of its name
 
 Operation = Literal["READ", "WRITE"]
 Span = tuple[int, int, int]  # local address, the peer's address, bytes
@@ -70,8 +68,3 @@ class OneSidedAgent(Protocol):
 
     def close(self) -> None:
         """Release its devices; it has no peer and no registered memory any more."""
-
-
-def transport_installed(kind: str) -> bool:
-    """Whether what the transport needs can be imported, without importing it."""
-    return find_spec(MODULES[kind]) is not None

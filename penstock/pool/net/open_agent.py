@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from penstock.core.config import ConfigError
-from penstock.pool.net.one_sided_agent import MODULES, RDMA_TRANSPORTS, OneSidedAgent, transport_installed
+from penstock.extras import missing_modules
+from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS, OneSidedAgent
 
 
 def open_agent(kind: str, devices: Sequence[str] = ()) -> OneSidedAgent:
@@ -13,8 +14,8 @@ def open_agent(kind: str, devices: Sequence[str] = ()) -> OneSidedAgent:
     installed, or a device is not there."""
     if kind not in RDMA_TRANSPORTS:
         raise ConfigError(f"one-sided transport {kind!r} is not known; allowed: {', '.join(RDMA_TRANSPORTS)}")
-    if not transport_installed(kind):
-        raise ConfigError(f"{MODULES[kind]} is not installed here; allowed: penstock[{kind}]")
+    if missing := missing_modules(kind):
+        raise ConfigError(f"{', '.join(missing)} is not installed here; allowed: penstock[{kind}]")
     if kind == "verbs":
         from penstock.pool.net.verbs_agent import VerbsAgent
 

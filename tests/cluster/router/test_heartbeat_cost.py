@@ -4,8 +4,6 @@ that what is left out changes no decision."""
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
@@ -20,26 +18,10 @@ from penstock.core.cluster.engine_groups import EngineSpec
 from penstock.core.cluster.inter_engine import InterEngineScheduler
 from penstock.core.cluster.nic_speed import StorageSpeeds
 from penstock.core.cost import ComputeCost
+from tests.call_counts import all_calls
 
 GPUS = 8  # engines of one host
 ROOM_TOKENS = 4096 * 64
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """Calls of Python functions and of built-in ones that `work` makes."""
-    count = 0
-
-    def seen(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(seen)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 class Cluster:
@@ -79,7 +61,7 @@ class Cluster:
     def calls(self, beats: int = 64) -> float:
         """Of one heartbeat, on average."""
         some = [self.dice.choice(self.engines) for _ in range(beats)]
-        return calls_of(lambda: [self.beat(engine) for engine in some]) / beats
+        return all_calls(lambda: [self.beat(engine) for engine in some]) / beats
 
     def fill(self, length_tokens: int) -> None:
         """Requests until one waits."""

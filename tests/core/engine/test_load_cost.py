@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from collections.abc import Callable
-from types import FrameType
 
 import pytest
 
@@ -16,26 +13,10 @@ from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import root_key
 from penstock.core.operations import BlockHit, Compute, Emit, Fetch, Lookup, Operation, RequestSpec, Upload
 from penstock.core.spans import SPANS_PER_WINDOW
+from tests.call_counts import python_calls
 
 BLOCK_TOKENS, BLOCKS, BLOCK_BYTES = 4, 512, 15_616
 OUTSTANDING = 8
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """How many Python functions the work calls."""
-    calls = 0
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return calls
 
 
 class Loads:
@@ -91,7 +72,7 @@ def test_a_block_costs_few_calls_the_fewer_the_more_travel_together(span: int, c
     loads = Loads(span)
     loads.run(OUTSTANDING)
     before = loads.fetched_blocks
-    calls = calls_of(lambda: loads.run(2 * OUTSTANDING))
+    calls = python_calls(lambda: loads.run(2 * OUTSTANDING))
     blocks = loads.fetched_blocks - before
     assert blocks >= OUTSTANDING * BLOCKS // 2
     assert calls / blocks <= calls_max

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
-from collections.abc import Callable
 from itertools import pairwise
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +14,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.pool.placement import SlotMap, slot_of
 from penstock.core.pool.runs import FIRST_PARTS, ROUNDS_MAX, RUN_BLOCKS, OpenRuns, RunSearch, begins_run
 from penstock.core.pool.strays import EVERY_LOOKUPS, WATCH_LOOKUPS, WATCH_S, StrayWatch
+from penstock.sim.commands.cost import bytecodes
 
 ROOT = b"r" * 16
 Nodes = dict[int, set[BlockKey]]
@@ -90,25 +87,6 @@ def test_runs_that_were_seen_are_asked_for_at_once() -> None:
     assert sum(len(some) for some in search.next_round().values()) == FIRST_PARTS + 1, "up to the first that was not"
 
 
-def steps(work: Callable[[], object]) -> int:
-    """Steps of the interpreter in Python functions that `work` calls."""
-    count = 0
-
-    def traced(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return traced
-
-    before = sys.gettrace()
-    sys.settrace(traced)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
-
-
 def test_a_search_costs_steps_for_its_runs_and_none_for_its_blocks() -> None:
     keys = chain(2048, "a")
     runs = 1 + sum(map(begins_run, keys))
@@ -120,7 +98,7 @@ def test_a_search_costs_steps_for_its_runs_and_none_for_its_blocks() -> None:
         made.advance()
         assert made.end == len(keys)
 
-    assert steps(search) < 400 * runs, "1,965 for each of 34 runs before, of 2,048 blocks"
+    assert bytecodes(search) < 400 * runs, "1,965 for each of 34 runs before, of 2,048 blocks"
 
 
 def test_a_prompt_that_nobody_wrote_costs_few_messages() -> None:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 import tracemalloc
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -18,6 +14,7 @@ from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.block import Block
 from penstock.pool.local.table import Table
 from penstock.pool.members.stored_rows import packed
+from tests.call_counts import all_calls
 from tests.pool.helpers import ROOT, key_of, new_block
 
 PAGE = 4096
@@ -179,35 +176,19 @@ def test_uses_are_counted_up_to_a_limit() -> None:
     assert now.uses == USES_COUNTED_MAX
 
 
-def calls(work: Callable[[], object]) -> int:
-    """Function calls, of Python and of C, during `work`."""
-    count = 0
-
-    def called(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(called)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def test_a_batch_costs_few_calls_per_block() -> None:
     blocks = 8192
     table = Table([(0, blocks // 2 * PAGE)] * 2, [1.0, 1.0])
     for number in range(5):
         together(table, prefix(number, 2048), 2048)
     keys = b"".join(new.key for new in prefix(4, 2048))
-    assert calls(lambda: table.lookup_many(keys)) < 400, "a lookup of 2,048 keys"
-    assert calls(lambda: table.lookup_many(keys[: 64 * 16])) < 105, "of 64 keys: what a node of many is asked for"
+    assert all_calls(lambda: table.lookup_many(keys)) < 400, "a lookup of 2,048 keys"
+    assert all_calls(lambda: table.lookup_many(keys[: 64 * 16])) < 105, "of 64 keys: what a node of many is asked for"
     news = prefix("new", 2048)
-    assert calls(lambda: together(table, news, 256)) < 45 * 2048, "a store with eviction, per block"
+    assert all_calls(lambda: together(table, news, 256)) < 45 * 2048, "a store with eviction, per block"
     single = prefix("single", 256)
-    assert calls(lambda: one_by_one(table, single)) < 300 * 256
-    assert calls(lambda: table.evict_many(keys)) < 90 * 2048
+    assert all_calls(lambda: one_by_one(table, single)) < 300 * 256
+    assert all_calls(lambda: table.evict_many(keys)) < 90 * 2048
 
 
 def stored(count: int, chain: bool) -> list[tuple[Block, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.extras import EXTRAS
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.io.numa import numa_nodes
 from penstock.pool.api import PoolError
@@ -128,7 +129,7 @@ def test_a_node_without_rdma_is_read_in_messages_and_says_so(rig: OneSidedRig, t
 def test_a_client_without_nixl_reads_in_messages_and_says_so(
     rig: OneSidedRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_agent, "transport_installed", lambda kind: False)
+    monkeypatch.setattr(open_agent, "missing_modules", EXTRAS.__getitem__)
     client = RemotePool(*rig.node(pool_of(rig, tmp_path)).address)
     rig.undo.callback(client.close, 5.0)
     client.register(rig.arena.memory)

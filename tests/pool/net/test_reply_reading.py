@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -21,6 +20,7 @@ from penstock.pool.net import connection as connection_module
 from penstock.pool.net import wire
 from penstock.pool.net.pool_connection import PoolConnection
 from penstock.pool.net.reply_reader import ReplyReader
+from tests.call_counts import all_calls
 from tests.pool.helpers import ROOT, Outcome, key_of, new_block, read, staged, until, write
 from tests.pool.net.node_rig import WAIT_S, NodeRig
 
@@ -66,22 +66,6 @@ def test_lookups_one_after_the_other_start_no_thread(rig: NodeRig, started: list
     assert "control" not in started and parked()
 
 
-def calls(work: Callable[[], object]) -> int:
-    """Function calls of this thread, of Python and of C, during `work`."""
-    count = 0
-
-    def called(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(called)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
-
-
 def test_a_lookup_costs_its_sender_few_calls_whatever_its_keys(rig: NodeRig, started: list[str]) -> None:
     """All of it is on the sender's thread: nobody else has a part in it."""
     client = rig.client(rig.node())
@@ -90,8 +74,8 @@ def test_a_lookup_costs_its_sender_few_calls_whatever_its_keys(rig: NodeRig, sta
         assert write(client, key) == "ok"
     until(parked, WAIT_S)
     assert all(client.lookup(keys, WAIT_S))
-    assert calls(lambda: client.lookup(keys[:16], WAIT_S)) < 180
-    assert calls(lambda: client.lookup(keys, WAIT_S)) < 180
+    assert all_calls(lambda: client.lookup(keys[:16], WAIT_S)) < 180
+    assert all_calls(lambda: client.lookup(keys, WAIT_S)) < 180
 
 
 def test_more_keys_than_a_message_has_start_no_thread_either(rig: NodeRig, started: list[str]) -> None:

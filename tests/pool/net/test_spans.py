@@ -6,12 +6,10 @@ import logging
 import queue
 import random
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -31,6 +29,7 @@ from penstock.pool.net.node_connection import IN_FLIGHT_MAX
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.union.union_pool import UnionPool
 from tests.authorities import new_authority
+from tests.call_counts import python_calls
 from tests.pool.helpers import WAIT_S, block_bytes, chain, key_of, member, new_block, read, staged, until, write
 from tests.pool.net.node_rig import MIB, NodeRig
 from tests.pool.net.one_sided_rig import BOTH_WAYS
@@ -99,23 +98,6 @@ def test_reading_a_span_costs_its_caller_as_many_calls_as_reading_two_blocks(rig
         counts.append(python_calls(partial(client.read_many, keys[:blocks], 4096, intos[:blocks], 10.0, ended.put)))
         assert reasons(ended.get(timeout=WAIT_S)) == ["ok"] * blocks
     assert max(counts) <= min(counts) + 4 and min(counts) < 40, counts
-
-
-def python_calls(work: Callable[[], object]) -> int:
-    """Calls of Python functions of this thread, during `work`."""
-    count = 0
-
-    def called(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(called)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return count
 
 
 @pytest.mark.parametrize("size_bytes", [4096, 5000, 100])
