@@ -16,8 +16,9 @@ import psutil
 from penstock.core.keys import KEY_BYTES
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.core.new_block import NewBlock, prefix_position
-from penstock.pool.local.local_pool import KEYS_AT_ONCE, WRITTEN_AT_ONCE
+from penstock.pool.local.local_pool import KEYS_AT_ONCE
 from penstock.pool.local.table import Table
+from penstock.pool.local.writes import WRITTEN_AT_ONCE
 from penstock.process.startup_objects import freeze_startup_objects
 from penstock.report import Report
 

@@ -15,8 +15,9 @@ from penstock.core.keys import KEY_BYTES
 from penstock.core.layout import STAGING_ALIGNMENT_BYTES
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.pool.block import Block
-from penstock.pool.local.local_pool import EVICTED_AT_ONCE, KEYS_AT_ONCE, WRITTEN_AT_ONCE
+from penstock.pool.local.local_pool import EVICTED_AT_ONCE, KEYS_AT_ONCE
 from penstock.pool.local.table import Table
+from penstock.pool.local.writes import WRITTEN_AT_ONCE
 from penstock.pool.members.slab_index import RowTable
 from penstock.process.startup_objects import freeze_startup_objects
 from penstock.report import Report

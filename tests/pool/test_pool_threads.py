@@ -20,6 +20,8 @@ from penstock.pool.callbacks import call_soon, callback_worker
 from penstock.pool.checksum import block_checksum
 from penstock.pool.local import drain
 from penstock.pool.local.local_pool import LocalPool
+from penstock.pool.local.write_span import Stored, WriteSpan
+from penstock.pool.local.writes import Writes
 from penstock.pool.losses import losses
 from penstock.pool.members import probe
 from penstock.pool.members.device import open_device_member
@@ -179,14 +181,15 @@ def test_deletions_outlive_a_journal_that_raises(rig: Rig, monkeypatch: pytest.M
 
 def test_a_row_that_is_refused_costs_its_own_write_only(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a NaN in a row did before it was refused at the door: here it is put in behind that."""
-    real = LocalPool._stored  # noqa: SLF001 (a fault is put in here)
+    real = Writes._stored_many  # noqa: SLF001 (a fault is put in here)
 
-    def stored(self: LocalPool, done_work: Work, *rest: Any) -> None:
-        if done_work.block.key == key_of("bad"):
-            done_work.block.rebuild_s = float("nan")
-        real(self, done_work, *rest)
+    def stored_many(self: Writes, deadline_s: float, span: WriteSpan, stored: Stored) -> None:
+        for _, block, _ in stored:
+            if block.key == key_of("bad"):
+                block.rebuild_s = float("nan")
+        real(self, deadline_s, span, stored)
 
-    monkeypatch.setattr(LocalPool, "_stored", stored)
+    monkeypatch.setattr(Writes, "_stored_many", stored_many)
     before = losses().get("row_refused", 0)
     outcomes = {name: Outcome() for name in ("a", "b", "bad", "c", "d")}
     for name, outcome in outcomes.items():

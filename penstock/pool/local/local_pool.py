@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 from penstock.core.bandwidth import MemberBandwidth
 from penstock.core.keys import BlockKey
@@ -15,8 +14,7 @@ from penstock.core.new_block import NewBlock
 from penstock.core.pool.copies import is_copy, original_of
 from penstock.core.pool.policy import PoolPolicy
 from penstock.core.pool.quota import TenantQuotas
-from penstock.core.pool.write_admission import WriteAdmission
-from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
+from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
 from penstock.pool.local.drain import Drain
@@ -24,10 +22,10 @@ from penstock.pool.local.pinned_block import OpenBlock, PinnedBlock
 from penstock.pool.local.row_batches import Found
 from penstock.pool.local.suspects import Suspects
 from penstock.pool.local.table import Table
-from penstock.pool.local.write_span import Stored, WriteSpan
+from penstock.pool.local.writes import Writes
 from penstock.pool.losses import losses, note_error, note_loss
 from penstock.pool.mac import check_of
-from penstock.pool.members.member import GoneMember, Member, fenced_reason, is_durable, observed, queued, store_at_once
+from penstock.pool.members.member import GoneMember, Member, fenced_reason, forget_rows, is_durable, observed, queued
 from penstock.pool.members.memory import MemoryMember
 from penstock.pool.members.stored_rows import Use, keys_of
 from penstock.pool.members.work import Work
@@ -40,7 +38,6 @@ log = logging.getLogger(__name__)
 
 OBSERVE_EVERY_S = 1.0
 EVICTED_AT_ONCE = 64  # the same for keys to be evicted, and for uses that a durable table takes
-WRITTEN_AT_ONCE = 64  # the same for blocks that are written together
 LOCATED_MAX = 4096
 KEYS_AT_ONCE = 1024  # keys handled before the lock is released once for other threads: less than 1 ms
 
@@ -64,20 +61,19 @@ class LocalPool:
         ranges = [(member.start_offset, member.capacity_bytes) for member in members]
         quotas = TenantQuotas(policy.quota_bytes, policy.default_quota_bytes, copies_share=policy.copies_share)
         self._table = Table(ranges, weights, quotas)
-        self._admission = WriteAdmission(policy.write_admission)
         self._follow_bandwidth = policy.follow_bandwidth
-        self._named_tenants_only = policy.named_tenants_only
         self._bandwidths = [_bandwidth(weight) for weight in weights]
         self._next_observation_s = 0.0
         self._registered: list[memoryview] = []
         self._drains: dict[int, Drain] = {}
         self._closed = False
-        self._writes_dropped = self._writes_not_admitted = self._evictions = self._checksum_errors = 0
-        self._writes_refused = 0
-        self._moved_blocks = 0
+        self._evictions = self._checksum_errors = self._moved_blocks = 0
         self._suspects = Suspects(self)
         self._located: dict[tuple[int, str], Located] = {}  # answers of lookups, each made once
         self._callbacks = callback_worker()
+        self._writes = Writes(
+            self._lock, self._table, self.members, self._suspects, self._callbacks, policy, self._unready
+        )
         for number, member in enumerate(self.members):
             self._restore(number, member)
             self._follow(number, member)
@@ -101,11 +97,7 @@ class LocalPool:
         located: list[Located | None] = []
         for some in _in_turns(keys):
             found, names = self._look_up(b"".join(some))
-            if self._admission.mode != "all":
-                with self._lock:
-                    for key, size in zip(some, found.sizes.tolist(), strict=True):
-                        if not size:
-                            self._admission.asked(key)
+            self._writes.note_lookup(some, found)
             if len(some) and found.alike:
                 located += [self._located_at(int(found.sizes[0]), names[found.members[0]])] * len(some)
                 continue
@@ -181,119 +173,13 @@ class LocalPool:
 
     def write(self, block: NewBlock, data: memoryview, timeout_s: float, done: Done) -> None:
         """Copy a block in; `done` gets None when it can be read back, durably on a device member."""
-        deadline_s = time.monotonic() + timeout_s
-        error, reserved = check_write(block, data), None
-        if error is None:
-            reserved, member, error = self._reserve(block, done, deadline_s)
-            if reserved is not None and member is not None:
-                work = Work(
-                    "store", reserved, data, deadline_s, lambda w, e: self._stored(w, done, e), after=member.barrier
-                )
-                error = member.put(work)
-                if error is None:
-                    return
-                with self._lock:
-                    self._table.abandon(reserved)
-            elif error is None:
-                return
-        with self._lock:
-            self._writes_dropped += 1
-        if error is not None and not (
-            error.reason == "dropped" and reserved is None
-        ):  # not admitted to SSDs, or being written already
-            note_error("store", "the pool", error)
-        call_soon(self._callbacks, done, error)
+        self._writes.begin([block], [data], timeout_s, lambda errors: done(errors[0]))
 
     def write_many(
         self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
     ) -> None:
         """As `write` of each block, with one call of `done`. They become present together, once all are stored."""
-        if not blocks:
-            call_soon(self._callbacks, lambda _: done([]), None)
-            return
-        deadline_s = time.monotonic() + timeout_s
-        ended_here = partial(self._span_ended, done, threading.get_ident())
-        span = WriteSpan(len(blocks), ended_here, partial(self._stored_many, deadline_s))
-        for at in range(0, len(blocks), WRITTEN_AT_ONCE):
-            some = range(at, min(at + WRITTEN_AT_ONCE, len(blocks)))
-            reserved, ended = self._reserve_many(span, some, blocks, datas, deadline_s)
-            self._begin_stores(span, reserved, datas, deadline_s)
-            for number, error in ended:
-                with self._lock:
-                    self._writes_dropped += 1
-                if error.reason != "dropped":
-                    note_error("store", "the pool", error)
-                call_soon(self._callbacks, span.end_of(number), error)
-        span.begun()
-
-    def _begin_stores(
-        self, span: WriteSpan, reserved: list[tuple[int, Block]], datas: Sequence[memoryview], deadline_s: float
-    ) -> None:
-        """Store blocks that have their extents: small ones in memory now, others on their members' threads."""
-        by_member: dict[int, list[tuple[int, Block]]] = {}
-        for one in reserved:
-            by_member.setdefault(one[1].member, []).append(one)
-        for number_of_member, some in by_member.items():
-            member = self.members[number_of_member]
-            errors = None
-            if deadline_s > time.monotonic():
-                errors = store_at_once(member, [(block, datas[number]) for number, block in some])
-            if errors is not None:
-                span.stored([(*one, error) for one, error in zip(some, errors, strict=True)])
-                continue
-            for number, block in some:
-                store = Work("store", block, datas[number], deadline_s, span.finish_of(number), after=member.barrier)
-                error = member.put(store)
-                if error is not None:
-                    store.finish(store, error)
-
-    def _span_ended(self, done: DoneMany, caller: int, errors: list[PoolError | None]) -> None:
-        """Call `done`, never on the thread that asked for the writes."""
-        if threading.get_ident() == caller:
-            call_soon(self._callbacks, lambda _: done(errors), None)
-        else:
-            done(errors)
-
-    def _reserve_many(
-        self,
-        span: WriteSpan,
-        some: range,
-        blocks: Sequence[NewBlock],
-        datas: Sequence[memoryview],
-        deadline_s: float,
-    ) -> tuple[list[tuple[int, Block]], list[tuple[int, PoolError]]]:
-        """Reserve extents for some blocks of a span; returns them by number, and the errors of those that are not
-        stored. The rest is present already: the span hears when it is durable. Takes the lock."""
-        todo: dict[frozenset[int], list[int]] = {}
-        reserved: list[tuple[int, Block]] = []
-        ended: list[tuple[int, PoolError]] = []
-        with self._lock:
-            asked: set[BlockKey] = set()
-            refusing = self._refusing()
-            every_new = not self._named_tenants_only and self._admission.mode == "all"
-            for number in some:
-                new = blocks[number]
-                refused: dict[int, str] | PoolError | None = check_write(new, datas[number])
-                if refused is None and new.key in asked:
-                    refused = PoolError("dropped", f"block {new.key.hex()} is being written already")
-                if refused is None and every_new and not self._table.knows(new.key):
-                    refused = refusing
-                elif refused is None:
-                    refused = self._needs_room(new, span.end_of(number), deadline_s)
-                if isinstance(refused, dict):
-                    asked.add(new.key)
-                    todo.setdefault(frozenset(refused), []).append(number)
-                elif refused is not None:
-                    ended.append((number, refused))
-            for without, numbers in todo.items():
-                found, gone = self._table.reserve_many([blocks[number] for number in numbers], without)
-                self._forget(gone)
-                for number, block in zip(numbers, found, strict=True):
-                    if block is None:
-                        ended.append((number, _no_room(blocks[number])))
-                    else:
-                        reserved.append((number, block))
-        return reserved, ended
+        self._writes.begin(blocks, datas, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop those of the blocks that are not pinned; returns how many were dropped."""
@@ -302,7 +188,7 @@ class LocalPool:
             with self._lock:
                 gone = self._table.evict_many(b"".join(some))
                 self._evictions += len(gone)
-                self._forget(gone)
+                forget_rows(self.members, gone)
             evicted += len(gone)
         return evicted
 
@@ -327,15 +213,15 @@ class LocalPool:
             copies = tuple((original_of(account).hex(), held) for account, held in accounts if is_copy(account))
             return PoolStat(
                 members=tuple(self._member_stat(number) for number in present),
-                writes_dropped=self._writes_dropped,
+                writes_dropped=self._writes.dropped,
                 evictions=self._evictions + sum(self._table.evictions.values()),
                 checksum_errors=self._checksum_errors,
-                writes_not_admitted=self._writes_not_admitted,
+                writes_not_admitted=self._writes.not_admitted,
                 moved_blocks=self._moved_blocks + sum(drain.moved for drain in self._drains.values()),
                 tenants=tuple((account.hex(), held) for account, held in accounts if not is_copy(account)),
                 over_quota=tuple((payer.hex(), excess) for payer, excess in self._table.quotas.over_quota()),
                 evictions_by=(("asked", self._evictions), *self._table.evictions.items()),
-                writes_refused=self._writes_refused,
+                writes_refused=self._writes.refused,
                 losses=tuple(sorted(losses().items())),
                 thread_failures=tuple(sorted(thread_failures().items())),
                 copies=copies,
@@ -416,10 +302,8 @@ class LocalPool:
         """Set quotas, write admission and bandwidth following. Raises ValueError for a value that is not allowed."""
         with self._lock:
             self._table.quotas.set_quotas(policy.quota_bytes, policy.default_quota_bytes, policy.copies_share)
-            if policy.write_admission != self._admission.mode:
-                self._admission = WriteAdmission(policy.write_admission)
+            self._writes.set_policy(policy)
             self._follow_bandwidth = policy.follow_bandwidth
-            self._named_tenants_only = policy.named_tenants_only
 
     # --- for a pool node (`pool.node_backend`): blocks whose bytes the client verifies ---
 
@@ -477,17 +361,13 @@ class LocalPool:
     def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenBlock | PoolError:
         """Pin a block of `size_bytes` (None: of any size), or return why it cannot be read."""
         with self._lock:
-            if self._closed:
-                return PoolError("closed", "the pool is closed")
-            self._check_members()
-            return self._open(key, size_bytes)
+            return self._unready() or self._open(key, size_bytes)
 
     def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[OpenedBlock | PoolError]:
         """As `open_block` of each."""
         with self._lock:
-            if self._closed:
-                return [PoolError("closed", "the pool is closed")] * len(keys)
-            self._check_members()
+            if (unready := self._unready()) is not None:
+                return [unready] * len(keys)
             return [self._open(key, size_bytes) for key in keys]
 
     def origins(self, keys: Sequence[BlockKey]) -> list[BlockOrigin | None]:
@@ -596,123 +476,6 @@ class LocalPool:
             taken += some
         return taken
 
-    def _reserve(
-        self, new: NewBlock, done: Done, deadline_s: float
-    ) -> tuple[Block | None, Member | None, PoolError | None]:
-        """Reserve an extent for a new block; returns the block, its member and None, or the error. All None when the
-        block is present already: `done` is then called once it is durable. A block that the new one replaces stays
-        until the new one is stored. Takes the lock."""
-        with self._lock:
-            refused = self._needs_room(new, done, deadline_s)
-            if not isinstance(refused, dict):
-                return None, None, refused
-            block, gone = self._table.reserve(new, refused)
-            self._forget([(old.member, old.key) for old in gone])
-            if block is None:
-                return None, None, _no_room(new)
-            return block, self.members[block.member], None
-
-    def _needs_room(self, new: NewBlock, done: Done, deadline_s: float) -> dict[int, str] | PoolError | None:
-        """The members that may not take a new block, and why; or the error. None when the block is present already:
-        `done` is then called once it is durable. The lock is held."""
-        refusing = self._refusing()
-        if self._closed:
-            return PoolError("closed", "the pool is closed")
-        present = self._table.find(new.key)
-        if present is not None and (self._table.being_moved(new.key) or not self._gives_way(present, new)):
-            member = self.members[present.member]
-            self._table.touch(present)
-            if present.size_bytes != new.size_bytes:
-                return PoolError("layout", f"block {new.key.hex()} exists with {present.size_bytes} bytes")
-            if not (is_durable(member) and member.confirm(present, done, deadline_s)):
-                call_soon(self._callbacks, done, None)
-            return None
-        if self._named_tenants_only and not self._table.quotas.has_name(original_of(new.tenant)):
-            self._writes_refused += 1
-            return PoolError("dropped", "only tenants that [quota] names may write here")
-        if self._table.being_written(new.key):
-            return PoolError("dropped", f"block {new.key.hex()} is being written already")
-        if isinstance(refusing, PoolError):
-            return refusing
-        return self._refuse_ssds(new, refusing) or refusing
-
-    def _gives_way(self, present: Block, new: NewBlock) -> bool:
-        """Whether a block that is present is written again: a suspect one, or a copy by an original."""
-        if is_copy(present.tenant) and not is_copy(new.tenant):
-            return True
-        return self._suspects.gives_way(present, new)
-
-    def _refusing(self) -> dict[int, str] | PoolError:
-        """The members that take no stores now, and why; the error where none does. The lock is held."""
-        if self._closed:
-            return PoolError("closed", "the pool is closed")
-        self._check_members()
-        refused = {n: why for n, member in enumerate(self.members) if (why := member.refuses_stores)}
-        if len(refused) == len(self.members):
-            return PoolError("device", "; ".join(dict.fromkeys(refused.values())))
-        return refused
-
-    def _refuse_ssds(self, new: NewBlock, refused: dict[int, str]) -> PoolError | None:
-        """Apply write admission: add the SSDs to `refused` for a block that they should not store; the lock is held."""
-        if is_copy(new.tenant) or self._admission.admits(new.key):
-            return None
-        ssds = {n: "the block is new" for n, m in enumerate(self.members) if m.kind != "memory" and n not in refused}
-        turn = next((n for n in self._table.placement.order(new.position) if n not in refused), None)
-        self._writes_not_admitted += turn in ssds
-        refused.update(ssds)
-        if len(refused) < len(self.members):
-            return None
-        return PoolError("dropped", f"block {new.key.hex()} is seen for the first time; SSDs take reused ones only")
-
-    def _stored(self, work: Work, done: Done, error: PoolError | None) -> None:
-        """A store ended, on its member's thread: `done` is called once the block is durable. Takes the lock."""
-        block = work.block
-        with self._lock:
-            if error is not None:
-                self._table.abandon(block)
-                self._writes_dropped += 1
-            else:
-                old = self._table.commit(block)
-                if old is not None:
-                    self.members[old.member].forget([old.key])
-                member = self.members[block.member]
-                if is_durable(member):
-                    value = self._table.value(block.key)
-                    member.record(block, value, lambda late: self._recorded(done, late), work.deadline_s)
-                    return
-        note_error("store", self.members[block.member].name, error)
-        call_done(done, error)
-
-    def _stored_many(self, deadline_s: float, span: WriteSpan, stored: Stored) -> None:
-        """All stores of a span ended, on a member's thread: each block ends once it is durable. Takes the lock."""
-        ends: list[tuple[int, Block, PoolError | None]] = []
-        with self._lock:
-            for number, block, error in stored:
-                if error is not None:
-                    self._table.abandon(block)
-                    self._writes_dropped += 1
-                    ends.append((number, block, error))
-            kept = [(number, block) for number, block, error in stored if error is None]
-            self._forget([(old.member, old.key) for old in self._table.commit_many([block for _, block in kept])])
-            for number, block in kept:
-                member, end = self.members[block.member], span.end_of(number)
-                if is_durable(member):
-                    member.record(block, self._table.value(block.key), partial(self._recorded, end), deadline_s)
-                else:
-                    ends.append((number, block, None))
-        for _, block, error in ends:
-            note_error("store", self.members[block.member].name, error)
-        if ends:
-            span.end([number for number, _, _ in ends], [error for _, _, error in ends])
-
-    def _recorded(self, done: Done, error: PoolError | None) -> None:
-        """A row was committed, or not in time. Takes the lock."""
-        if error is not None:
-            with self._lock:
-                self._writes_dropped += 1
-            note_error("store", "the pool", error)
-        call_done(done, error)
-
     def _drop(self, block: Block) -> None:
         """Make a block that could not be read a miss. Takes the lock."""
         with self._lock:
@@ -722,11 +485,6 @@ class LocalPool:
     def _drop_locked(self, block: Block) -> None:
         self._table.drop(block)
         self.members[block.member].forget([block.key])
-
-    def _forget(self, gone: Sequence[tuple[int, BlockKey]]) -> None:
-        """Delete the rows of blocks that left; the lock is held."""
-        for number in {member for member, _ in gone}:
-            self.members[number].forget([key for member, key in gone if member == number])
 
     def _drain_ended(self, number: int) -> None:
         """A member has no blocks any more and was closed; called under the lock by its `Drain`."""
@@ -757,7 +515,15 @@ class LocalPool:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PoolError("closed", "the pool is closed")
+            raise _closed()
+
+    def _unready(self) -> PoolError | None:
+        """The error when the pool is closed; else None, and the states of the members are up to date. The lock is
+        held."""
+        if self._closed:
+            return _closed()
+        self._check_members()
+        return None
 
     def _check_members(self) -> None:
         """Fence members that fail, use those again that answer again; from time to time, update their read
@@ -790,11 +556,8 @@ def _in_turns(keys: Sequence[BlockKey], at_once: int = KEYS_AT_ONCE) -> Iterator
         yield keys[at : at + at_once]
 
 
-def _no_room(new: NewBlock) -> PoolError:
-    detail = (
-        f"no member has room for {new.size_bytes} bytes: the rest is in use, or held by tenants within their quotas"
-    )
-    return PoolError("full", detail)
+def _closed() -> PoolError:
+    return PoolError("closed", "the pool is closed")
 
 
 def _bandwidth(weight: float) -> MemberBandwidth | None:

@@ -95,6 +95,12 @@ def store_at_once(member: Member, stores: Sequence[tuple[Block, memoryview]]) ->
     return store(stores) if store else None
 
 
+def forget_rows(members: Sequence[Member], gone: Sequence[tuple[int, BlockKey]]) -> None:
+    """Delete the rows of blocks that left the table: number of the member, and key, of each."""
+    for number in {member for member, _ in gone}:
+        members[number].forget([key for member, key in gone if member == number])
+
+
 class GoneMember:
     """Placeholder for a member that was drained: it has no blocks."""
 
