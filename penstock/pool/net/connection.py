@@ -98,6 +98,7 @@ class Connection:
         urgent: bool = False,
         secret: Secret | None = None,
         tls: PeerTls | None = None,
+        on_hot: Callable[[Sequence[BlockKey]], None] = lambda _: None,
     ) -> None:
         """Raises OSError, wire.ProtocolError when the peer is no pool node of this version, and RuntimeError or
         MemoryError where the operating system starts no thread.
@@ -105,11 +106,12 @@ class Connection:
         `watch` watches the connection while nothing is under way on it: it has no thread then. `on_reply` is called
         after each request that ended, `on_closed` at the end of the connection, before its open requests end. `hello`
         opens the lane that it names; packets of an `urgent` lane go before bulk (`lanes`). With a `secret` both sides
-        prove that they have it; with `tls` both show certificates, and all further bytes are encrypted.
+        prove that they have it; with `tls` both show certificates, and all further bytes are encrypted. `on_hot` gets
+        blocks that were read here and that the node's clients read often.
         """
         self.lane = hello.lane
         self.heard_s = self._sent_s = time.monotonic()  # time of the last bytes from the peer, and to it
-        self._on_reply, self._on_closed = on_reply, on_closed
+        self._on_reply, self._on_closed, self._on_hot = on_reply, on_closed, on_hot
         self._secret, self._tls = secret, tls
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
@@ -454,6 +456,7 @@ class Connection:
         error = self._receive_verified(message.key, buffer, check, reply.checksum, reply.mac)
         self._payload.end()
         taken = self._take(reply.id)
+        self._note_hot([message.key] if reply.hot else [])
         if error is not None:
             self.tell(wire.Corrupt(message.key, reply.checksum, reply.mac, error.reason == "mac"))
         self._end(taken, reply, error)
@@ -503,10 +506,15 @@ class Connection:
                         errors[at] = _damaged(keys[at])
         self._payload.end()
         taken = self._take(reply.id)
+        self._note_hot([keys[at] for at in reply.hot])
         for at in here:
             if (error := errors[at]) is not None:
                 self.tell(wire.Corrupt(keys[at], checksums[at], macs[at], error.reason == "mac"))
         self._end(taken, errors, None)
+
+    def _note_hot(self, keys: Sequence[BlockKey]) -> None:
+        if keys:
+            self._on_hot(keys)
 
     def _check_open(self) -> None:
         if self._cut_reason is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from penstock.core.keys import BlockKey
 from penstock.pool.api import PoolError, ReadCheck
 from penstock.pool.callbacks import call_soon, callback_worker
 from penstock.pool.losses import note_error
@@ -28,7 +29,7 @@ from penstock.pool.net.connection import Connection, Pending
 from penstock.pool.net.link_watch import link_watch
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
-from penstock.process.guarded_thread import GuardedThread
+from penstock.process.guarded_thread import GuardedThread, count_failure
 from penstock.units import format_address, format_bytes
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class NodeLink:
         self.place = format_address(host, port)
         self.what = what
         self.node = wire.Ready("")
+        self.on_hot: Callable[[Sequence[BlockKey]], None] = lambda keys: None  # must not block
         self._origin, self._own_only = origin, own_only
         self._urgent, self._secret, self._tls = urgent, secret, tls
         self._connect_timeout_s = connect_timeout_s
@@ -247,6 +249,14 @@ class NodeLink:
             self._logged_too_large = True
             log.warning("%s", text)
         return text
+
+    def note_hot(self, keys: Sequence[BlockKey]) -> None:
+        """The node says that its clients read these blocks often."""
+        try:
+            self.on_hot(keys)
+        except Exception:  # blocks that were read are whole all the same
+            count_failure("penstock-hot-callback")
+            log.exception("the callback for blocks that are read often failed")
 
     def next_id(self) -> int:
         """An id for a message, unique on this link."""
@@ -407,7 +417,7 @@ class NodeLink:
         hello = wire.Hello(lane.kind, self._origin, self._own_only)
         urgent = lane.kind in self._urgent
         connection = Connection(
-            self.address, timeout_s, replied, closed, hello, self._watch, urgent, self._secret, self._tls
+            self.address, timeout_s, replied, closed, hello, self._watch, urgent, self._secret, self._tls, self.note_hot
         )
         if self._origin and connection.node.node_id == self._origin:
             connection.abandon()

@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
+from penstock.core.keys import BlockKey
+from penstock.core.pool.heat import ReadHeat
 from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pacing import Pacer
 from penstock.pool.api import PoolStat
@@ -111,6 +113,7 @@ class PoolNode:
         self.place = format_address(*self.address)
         self.pool_lending = PoolLending(pool, one_sided, staging_capacity_bytes) if one_sided is not None else None
         self._bytes_sent, self._bytes_received = KindCounts(), KindCounts()
+        self._heat, self._heat_lock = ReadHeat(), threading.Lock()
         self.rare = RateLimitedLog(log)  # for events that a peer can cause without limit
         self.turns = Turns(QUESTIONS_AT_ONCE)
         self._budget = MessageBudget(self.message_share)
@@ -171,6 +174,14 @@ class PoolNode:
     def note_received(self, size_bytes: int) -> None:
         """Count the bytes of blocks that came in messages and were stored."""
         self._bytes_received.add(MESSAGES, size_bytes)
+
+    def note_reads(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Count a read of each of these blocks; returns the numbers of those that clients together read so often that
+        a copy pays. Where this node takes no copies, nothing is counted."""
+        if not self.pool.takes_copies:
+            return []
+        with self._heat_lock:
+            return self._heat.read(keys, time.monotonic())
 
     def with_ways(self, stat: PoolStat) -> PoolStat:
         """The pool's state with the ways by which this node's blocks travel to clients."""

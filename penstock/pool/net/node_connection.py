@@ -464,11 +464,12 @@ class ClientConnection:
         deadline_s: float,
         ready_s: float,
         moved: Moved = not_counted,
+        hot: bool = False,
     ) -> None:
         if time.monotonic() > deadline_s:
             self._reply_late(id)
             return
-        head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac), len(data))
+        head = wire.frame(wire.Block(id, block.key, block.checksum, block.mac, hot), len(data))
         self._send(head, [data], ready_s, deadline_s, moved)
         self._node.note_sent(len(data))
 

@@ -141,6 +141,8 @@ class OneSidedReads:
 
     def _lent(self, lend: _Lend, reply: wire.LentMany) -> None:
         """The node has answered for some of the blocks."""
+        if reply.hot:
+            self._link.note_hot([lend.open[at].key for at in reply.hot if at in lend.open])
         with self._lock:
             blocks = [(one, block) for block in reply.blocks if (one := lend.open.pop(block.index, None)) is not None]
             self._asked.difference_update(one for one, _ in blocks)

@@ -153,7 +153,7 @@ class PoolConnection(ClientConnection):
             case wire.ReturnMany(leases):
                 lending.returned(self, leases)
             case wire.LendMany():
-                self._refused = not lending.lend(self, self._pool, request)
+                self._refused = not lending.lend(self, self._pool, request, self._node.note_reads)
             case wire.Grant() if lending.grants is not None:
                 granted = lending.grants.grant(self, request)
                 self._reply(granted)
@@ -239,7 +239,9 @@ class PoolConnection(ClientConnection):
                 opened.release()
                 self._reply_late(request.id)
                 return
-            head = wire.frame(wire.Block(request.id, opened.key, opened.checksum, opened.mac), len(opened.view))
+            hot = bool(self._node.note_reads([request.key]))
+            block = wire.Block(request.id, opened.key, opened.checksum, opened.mac, hot)
+            head = wire.frame(block, len(opened.view))
             self._send_soon(head, [opened.view], [opened], deadline_s, ready_s)
         else:
             answer = partial(self._answer_block, request, opened, deadline_s)
@@ -254,7 +256,8 @@ class PoolConnection(ClientConnection):
             return
         now_s = time.monotonic()
         moved(0)
-        self._send_block(request.id, opened, view, deadline_s, now_s, moved)
+        hot = bool(self._node.note_reads([request.key]))
+        self._send_block(request.id, opened, view, deadline_s, now_s, moved, hot)
 
     def _read_many(self, request: wire.ReadMany, ready_s: float) -> None:
         deadline_s = time.monotonic() + request.timeout_s
@@ -323,7 +326,10 @@ class PoolConnection(ClientConnection):
             macs.append(mac)
         states, detail = wire.states_of(errors)
         packed = wire.pack_checksums(checksums)
-        answer = wire.Blocks(request.id, request.keys, states, packed, macs if any(macs) else [], detail)
+        keys = wire.split_keys(request.keys)
+        here = [at for at, error in enumerate(errors) if error is None]
+        hot = [here[number] for number in self._node.note_reads([keys[at] for at in here])]
+        answer = wire.Blocks(request.id, request.keys, states, packed, macs if any(macs) else [], detail, hot)
         return wire.frame(answer, sum(map(len, views))), views
 
     def _fetch(

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from msgspec import Meta
 
-from penstock.core.keys import KEY_BYTES
+from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.pool.leases import LeaseTable
 from penstock.framing import decode
@@ -256,20 +256,31 @@ class PoolLending:
 
     # --- leases ---
 
-    def lend(self, client: Borrower, pool: NodeBackend, request: wire.LendMany) -> bool:
+    def lend(
+        self,
+        client: Borrower,
+        pool: NodeBackend,
+        request: wire.LendMany,
+        note_reads: Callable[[Sequence[BlockKey]], list[int]],
+    ) -> bool:
         """Lend blocks of `pool`: answered by `client.answer_now` for those in memory, and by `client.answer` later for
-        those that are loaded first. Returns whether any may be lent. Raises OSError."""
+        those that are loaded first. Returns whether any may be lent. `note_reads` counts the reads of blocks, and
+        returns the numbers of those that are hot. Raises OSError."""
         if request.returned:
             self.returned(client, request.returned)
-        answer = _Answer(client, request.id, len(request.sizes))
+        keys = wire.split_keys(request.keys)
+        answer = _Answer(client, request.id, len(keys))
         until_s = time.monotonic() + min(request.timeout_s, wire.LEASE_S_MAX)
         now: list[wire.LentBlock] = []
         loads: list[Callable[[], None]] = []
-        for index, size_bytes in enumerate(request.sizes):
-            opened = pool.open_block(request.keys[index * KEY_BYTES : (index + 1) * KEY_BYTES], size_bytes)
+        here: list[int] = []
+        for index, (key, size_bytes) in enumerate(zip(keys, request.sizes, strict=True)):
+            opened = pool.open_block(key, size_bytes)
             if isinstance(opened, PoolError):
                 now.append(wire.LentBlock(index, reason=opened.reason))
-            elif opened.view is not None:
+                continue
+            here.append(index)
+            if opened.view is not None:
                 now.append(self._lend_in_place(client, index, opened, opened.view, until_s))
             else:
                 staged = self._stage(client, index, opened, size_bytes, until_s, answer)
@@ -277,9 +288,10 @@ class PoolLending:
                     now.append(staged)
                 else:
                     loads.append(staged)
+        answer.hot = [here[number] for number in note_reads([keys[index] for index in here])]
         try:
             if now:
-                client.answer_now(wire.LentMany(request.id, self._epoch, now, more=answer.less(len(now))))
+                client.answer_now(answer.of(now, self._epoch))
         finally:
             for load in loads:  # after the answer, as the last one must be sent last
                 load()
@@ -421,22 +433,24 @@ class PoolLending:
 
 
 class _Answer:
-    """The answers to one LendMany: the last one is the one that completes it."""
+    """The answers to one LendMany: the first one says which blocks are `hot`, the last one completes it."""
 
     def __init__(self, client: Borrower, id: int, blocks: int) -> None:
         self._client, self._id = client, id
         self._lock = threading.Lock()
         self._left = blocks
+        self.hot: list[int] = []
 
-    def less(self, blocks: int) -> bool:
-        """These many are answered; returns whether others follow."""
-        self._left -= blocks
-        return self._left > 0
+    def of(self, blocks: list[wire.LentBlock], epoch: int) -> wire.LentMany:
+        """The answer for these blocks, which is to be sent before any other one is made."""
+        self._left -= len(blocks)
+        hot, self.hot = self.hot, []
+        return wire.LentMany(self._id, epoch, blocks, self._left > 0, hot)
 
     def add(self, block: wire.LentBlock, epoch: int) -> None:
         """Send what became of a block that was loaded."""
         with self._lock:
-            self._client.answer(wire.LentMany(self._id, epoch, [block], more=self.less(1)))
+            self._client.answer(self.of([block], epoch))
 
 
 def _populate(memory: memoryview) -> None:

@@ -102,6 +102,11 @@ class RemotePool:
         """Whether the node takes copies of other nodes' blocks, as it reported when it was reached last."""
         return self._link.node.copies
 
+    def watch_hot(self, on_hot: Callable[[Sequence[BlockKey]], None]) -> None:
+        """Call `on_hot`, which must not block, with blocks that were read here and that the node's clients read
+        often."""
+        self._link.on_hot = on_hot
+
     # --- the interface ---
 
     @property

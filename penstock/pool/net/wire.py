@@ -92,6 +92,7 @@ Description = Annotated[bytes, Meta(max_length=DESCRIPTION_BYTES_MAX)]
 Offset = Annotated[int, Meta(ge=0, le=ADDRESS_BYTES_MAX)]
 Ports = Annotated[list[Annotated[int, Meta(ge=1, le=65535)]], Meta(max_length=SIBLINGS_MAX)]
 LeaseId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+HotBlocks = Annotated[list[Annotated[int, Meta(ge=0, lt=LEND_BLOCKS_MAX)]], Meta(max_length=LEND_BLOCKS_MAX)]
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
@@ -407,12 +408,13 @@ class Ready(msgspec.Struct, array_like=True, tag=20):
 
 
 class Block(msgspec.Struct, array_like=True, tag=21):
-    """The payload is the block."""
+    """The payload is the block. `hot`: this node's clients read it so often that a copy pays (`core.pool.heat`)."""
 
     id: Id
     key: Key
     checksum: Checksum
     mac: Mac = b""
+    hot: bool = False
 
 
 class Failed(msgspec.Struct, array_like=True, tag=22):
@@ -554,12 +556,13 @@ class LentBlock(msgspec.Struct, array_like=True):
 
 class LentMany(msgspec.Struct, array_like=True, tag=34):
     """Blocks of a LendMany, as soon as they are ready; `more`: others follow. The regions are those of the Attached of
-    this `epoch`."""
+    this `epoch`. `hot`, in the first answer: which of the keys of the LendMany are hot, as in Block."""
 
     id: Id
     epoch: Count
     blocks: Annotated[list[LentBlock], Meta(max_length=LEND_BLOCKS_MAX)]
     more: bool = False
+    hot: HotBlocks = []
 
 
 class Granted(msgspec.Struct, array_like=True, tag=37):
@@ -577,7 +580,8 @@ class Granted(msgspec.Struct, array_like=True, tag=37):
 class Blocks(msgspec.Struct, array_like=True, tag=32):
     """Answer to ReadMany, with a result for each of its `keys`: `states` has 0 for a block that is here, else the
     number of its `PoolError.REASONS`, from 1 on. The payload is the blocks that are here, in order. `checksums`: 8
-    bytes for each key, little-endian. `detail`: about the first block that is not here."""
+    bytes for each key, little-endian. `detail`: about the first block that is not here. `hot`: which of the keys are
+    hot, as in Block."""
 
     id: Id
     keys: SpanKeys
@@ -585,6 +589,7 @@ class Blocks(msgspec.Struct, array_like=True, tag=32):
     checksums: SpanChecksums
     macs: SpanMacs
     detail: Detail = ""
+    hot: HotBlocks = []
 
     def __post_init__(self) -> None:
         blocks = len(self.states)
@@ -595,6 +600,8 @@ class Blocks(msgspec.Struct, array_like=True, tag=32):
             )
         if len(self.macs) not in (0, blocks):
             raise ValueError(f"{len(self.macs)} MACs for {blocks} blocks")
+        if max(self.hot, default=-1) >= blocks:
+            raise ValueError(f"block {max(self.hot)} of {blocks} is hot")
 
 
 class WrittenMany(msgspec.Struct, array_like=True, tag=33):

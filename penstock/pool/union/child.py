@@ -50,6 +50,10 @@ class NodePool(Pool, Protocol):
     def block_bytes_max(self) -> int:
         """Size in bytes of the largest block that it accepts, as it reported when it was reached."""
 
+    def watch_hot(self, on_hot: Callable[[Sequence[BlockKey]], None]) -> None:
+        """Call `on_hot`, which must not block, with blocks that were read from here and that the node's clients, which
+        it counts together, read often."""
+
     def begin_lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> Callable[[], list[Located | None]]:
         """Send a `lookup` request; call the result to wait for the answer. Both raise PoolError."""
 

@@ -47,12 +47,13 @@ class Children:
         added."""
         self.local = local
         self.all = [Child(local, local, None)] if local is not None else []
-        self.all += [Child(node, None, node) for node in nodes]
+        self.all += [self._node(node) for node in nodes]
         self.lock = threading.Lock()
         self._follow = follow_bandwidth
         self.slots = SlotOwners()
         self.changes = 0  # of the owners, and of children that came up or went down
         self.take_copies = False  # some node that is up takes copies of others' blocks
+        self.on_hot: Callable[[Sequence[BlockKey]], None] = lambda keys: None  # gets blocks that are read often
         self._by_slots = by_slots
         self._grown, self._open_node = grown, open_node
         self._named = {child.name for child in self.all}  # addresses that are children, or were tried
@@ -94,7 +95,7 @@ class Children:
                 _check_different(node, known)
                 if weight is not None and (weight < SHARES_BELOW) != (self._placement.total_weight < SHARES_BELOW):
                     raise ValueError(f"the weight of {node.place} has another scale than the others'")
-                child = self._weighed_child(Child(node, None, node), weight)
+                child = self._weighed_child(self._node(node), weight)
                 child.named_by = named_by
                 self._grown()
                 self._placement.add(weight or 0.0)
@@ -107,6 +108,10 @@ class Children:
         except BaseException:
             node.close(1.0)
             raise
+
+    def _node(self, node: NodePool) -> Child:
+        node.watch_hot(lambda keys: self.on_hot(keys))
+        return Child(node, None, node)
 
     def drop(self, place: str, timeout_s: float) -> None:
         """Stop using a node, and the processes that it named: their blocks are misses from now on; reads under way may

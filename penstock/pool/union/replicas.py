@@ -1,14 +1,15 @@
 """Copies of hot blocks on second nodes of a union: made in the background, and read where less is queued.
 
-Which blocks are hot is counted here, by reads (`core.pool.heat`); what copies may take of a node's space is that node's
-decision (`core.pool.copies`). Everything is off until a node says that it takes copies.
+Which blocks are hot is counted by each node that takes copies, over the reads of all its clients (`core.pool.heat`);
+what copies may take of a node's space is that node's decision (`core.pool.copies`). Everything is off until a node says
+that it takes copies.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Generic, TypeVar
@@ -16,7 +17,6 @@ from typing import Generic, TypeVar
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.pool.copies import split_reads
-from penstock.core.pool.heat import ReadHeat
 from penstock.core.pool.placement import copy_node
 from penstock.core.pool.runs import begins_run
 from penstock.pool.api import Located, PoolError, ReadCheck
@@ -68,7 +68,7 @@ class _Latest(Generic[Value]):
 
 
 class Replicas:
-    """Counts reads, makes copies, and chooses among the holders of a block. The children's lock guards all of it.
+    """Makes copies, and chooses among the holders of a block. The children's lock guards all of it.
 
     COPY-1  Statement: A copy has the bytes, checksum and MAC of the original, and is asked for where every lookup asks:
             at all nodes of a striped pool, else at the node that stands in for the owner of its run while that is down.
@@ -84,11 +84,12 @@ class Replicas:
     def __init__(self, children: Children, locations: Locations) -> None:
         self._children, self._locations, self._lock = children, locations, children.lock
         self._closing = threading.Event()
-        self._heat = ReadHeat()
         self._parts: _Latest[tuple[BlockKey, ...]] = _Latest(KNOWN_MAX)  # of each block: from the part's first one on
         self._copies: _Latest[tuple[int, ...]] = _Latest(KNOWN_MAX)  # the two nodes that held a block, or what is left
-        self._again_s: _Latest[float] = _Latest(WAITING_MAX * 16)  # by a part's last hot block
+        self._again: _Latest[tuple[float, int]] = _Latest(WAITING_MAX * 16)  # by a part's first block: when, how many
+        self._not_before_s: _Latest[float] = _Latest(KNOWN_MAX)  # of blocks whose copies left, or found no room
         self._worker: GuardedWorker | None = None  # from the first copy on
+        children.on_hot = self.note_hot
         self.copied = self.copy_reads = self.saved_reads = 0
 
     @property
@@ -109,23 +110,28 @@ class Replicas:
                 if begin < until and self._parts.get(keys[until - 1]) is None:
                     self._parts.set(keys[begin:until], tuple(keys[begin:until]))
 
-    def note_reads(self, keys: Sequence[BlockKey]) -> None:
-        """Count reads, and have what is hot copied."""
+    def note_hot(self, keys: Sequence[BlockKey]) -> None:
+        """Have blocks copied that were read here and that are read often, as their node says."""
         if not self.on:
             return
         now_s = time.monotonic()
         wanted: dict[BlockKey, tuple[BlockKey, ...]] = {}  # by a part's first block: up to its last hot one
         with self._lock:
-            for at in self._heat.read(keys, now_s):
-                part = self._parts.get(keys[at])
+            for key in keys:
+                part = self._parts.get(key)
                 if part is not None:
-                    hot = part[: part.index(keys[at]) + 1]
+                    hot = part[: part.index(key) + 1]
                     wanted[part[0]] = max(hot, wanted.get(part[0], ()), key=len)
-            todo = [part for part in wanted.values() if (self._again_s.get(part[-1]) or 0.0) <= now_s]
+            todo = [part for part in wanted.values() if self._is_due(part, now_s)]
             for part in todo:
-                self._again_s.set((part[-1],), now_s + AGAIN_S)
+                self._again.set(part[:1], (now_s + AGAIN_S, len(part)))
         for part in todo:
             self._offer(part)
+
+    def _is_due(self, part: tuple[BlockKey, ...], now_s: float) -> bool:
+        """Whether copies are looked at now: for the first time, again, or of more blocks than the last time."""
+        again_s, blocks = self._again.get(part[0]) or (0.0, 0)
+        return now_s >= again_s or len(part) > blocks
 
     def spread(
         self, keys: Sequence[BlockKey], size_bytes: int, found: Mapping[Child | None, Sequence[int]]
@@ -248,7 +254,7 @@ class Replicas:
                 begin_s = time.monotonic()
                 ended = threading.Semaphore(0)
                 try:
-                    writes = copy_piece(self._children, piece, partial(self._written, part[-1], piece, ended))
+                    writes = copy_piece(self._children, piece, partial(self._written, piece, ended))
                 except PoolError as error:
                     note_error("copy", self._children.all[piece[0].source].name, error)
                     writes = 0
@@ -257,7 +263,7 @@ class Replicas:
                 self._closing.wait(pause_after(begin_s))
 
     def _written(
-        self, last: BlockKey, piece: Sequence[Move], ended: threading.Semaphore, target: int,
+        self, piece: Sequence[Move], ended: threading.Semaphore, target: int,
         blocks: Sequence[NewBlock], errors: Sequence[PoolError | None],
     ) -> None:  # fmt: skip
         sources = {move.key: move.source for move in piece}
@@ -267,7 +273,7 @@ class Replicas:
                     self._copies.set((block.key,), (sources[block.key], target))
                     self.copied += 1
                 elif error.reason == "full":  # copies have their share there, or the rest is in use
-                    self._again_s.set((last,), time.monotonic() + FULL_S)
+                    self._not_before_s.set((block.key,), time.monotonic() + FULL_S)
         ended.release()
 
     def _missing(self, part: tuple[BlockKey, ...]) -> Iterator[Move]:
@@ -282,7 +288,7 @@ class Replicas:
                 if len(hits) > 1:
                     with self._lock:
                         self._copies.set((key,), tuple(hits)[:2])
-                if len(hits) != 1 or self._was_evicted(key, part[-1], now_s):
+                if len(hits) != 1 or not self._may_copy(key, found, now_s):
                     continue
                 ((source, hit),) = hits.items()
                 target = self._target(key, source, holders)
@@ -293,16 +299,17 @@ class Replicas:
                     position = prefix_position(part[0], number)
                     yield Move(key, parent, hit.size_bytes, position, source, target, copy=True)
 
-    def _was_evicted(self, key: BlockKey, last: BlockKey, now_s: float) -> bool:
-        """Whether the copy of a block that one node has left was known: it is made again later only, so that hot blocks
-        which do not fit beside each other are not copied over and over."""
+    def _may_copy(self, key: BlockKey, answered: Container[int], now_s: float) -> bool:
+        """Whether to copy a block that one of the nodes which answered has. Where its copy was known, and has left, it
+        is made again later only, so that hot blocks which do not fit beside each other are not copied over and over."""
         with self._lock:
-            known = self._copies.get(key)
-            if known is None or not all(self._children.all[one].up for one in known):
+            known = self._copies.get(key) or ()
+            if any(self._children.all[one].up and one not in answered for one in known):
                 return False
-            self._copies.drop(key)
-            self._again_s.set((last,), now_s + FULL_S)
-            return True
+            if known and all(self._children.all[one].up for one in known):
+                self._copies.drop(key)
+                self._not_before_s.set((key,), now_s + FULL_S)
+            return now_s >= (self._not_before_s.get(key) or 0.0)
 
     def _groups(self, part: tuple[BlockKey, ...]) -> Iterator[tuple[Sequence[BlockKey], list[int]]]:
         """Blocks of a part, and the nodes that hold them or may get their copies: all of a striped pool, else owner and

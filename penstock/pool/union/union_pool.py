@@ -209,12 +209,7 @@ class UnionPool:
                 by_child.setdefault(self._held_by(key), []).append(at)
             if not self._replicas.on:
                 return by_child
-            readers = self._replicas.spread(keys, size_bytes, by_child)
-        on_nodes = [
-            at for child, some in by_child.items() if child is not None and child.node is not None for at in some
-        ]
-        self._replicas.note_reads([keys[at] for at in on_nodes])
-        return readers
+            return self._replicas.spread(keys, size_bytes, by_child)
 
     def _read_from(
         self,
