@@ -42,6 +42,10 @@ app = lazy_group(
             "benchmarks.dualpath.simulated:dualpath",
             "DualPath on its own hardware: job times, ablation, P/D ratios, online capacity, scale.",
         ),
+        "event-loops": LazyCommand(
+            "benchmarks.event_loops:event_loops",
+            "Threads that wait in the kernel, as in the pool's client, beside asyncio and uvloop.",
+        ),
         "draw": LazyCommand(
             "benchmarks.draw:draw",
             "Draws the picture of a run from the figures that it wrote.",
