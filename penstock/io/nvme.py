@@ -80,7 +80,7 @@ class NvmeEngine(RingEngine):
         nvme_abi.SQE_NVME.pack_into(
             ring.sqes, ring.next_entry(),
             abi.OP_URING_CMD, abi.SQE_FIXED_FILE, 0, 0, nvme_abi.URING_CMD_IO, 0, 0, 0,
-            0 if slot < 0 else abi.URING_CMD_FIXED, piece, max(slot, 0), 0, 0,
+            0 if slot < 0 else abi.URING_CMD_FIXED, piece, slot if slot > 0 else 0, 0, 0,
             nvme_abi.OPCODE_READ if op.kind == "read" else nvme_abi.OPCODE_WRITE, 0, 0, self._namespace.nsid, 0, 0, 0,
             address, 0, length, block & 0xFFFFFFFF, block >> 32, (length >> self._block_shift) - 1, 0, 0, 0, 0, 0,
         )  # fmt: skip

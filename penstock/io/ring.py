@@ -27,7 +27,7 @@ class Ring:
     def __init__(self, entries: int, sqe_bytes: Literal[64, 128] = 64) -> None:
         """Raises OSError: ENOSYS or EPERM where io_uring is absent or forbidden, EOPNOTSUPP where it is too old."""
         self.sqe_bytes = sqe_bytes
-        self._cqe_bytes = abi.CQE_BYTES * sqe_bytes // 64
+        self._cqe = abi.CQE if sqe_bytes == 64 else abi.CQE32
         self._barrier = abi.barrier()
         self._params = abi.Params()
         self.fd = self._setup(entries, abi.SETUP_SQE128 | abi.SETUP_CQE32 if sqe_bytes == 128 else 0)
@@ -53,12 +53,12 @@ class Ring:
         if params.features & wanted != wanted:
             raise OSError(errno.EOPNOTSUPP, "this kernel's io_uring has no timed wait; Linux 5.11 or later is needed")
         sq, cq = params.sq_off, params.cq_off
-        size = max(sq.array + 4 * params.sq_entries, cq.cqes + self._cqe_bytes * params.cq_entries)
+        size = max(sq.array + 4 * params.sq_entries, cq.cqes + self._cqe.size * params.cq_entries)
         shared = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self._rings = mmap.mmap(self.fd, size, flags=shared, offset=abi.OFF_SQ_RING)
         self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_bytes, flags=shared, offset=abi.OFF_SQES)
         self.sqes = memoryview(self._sqe_map)
-        self._cqes = memoryview(self._rings)[cq.cqes : cq.cqes + self._cqe_bytes * params.cq_entries]
+        self._cqes = memoryview(self._rings)[cq.cqes : cq.cqes + self._cqe.size * params.cq_entries]
         self._sq_head = ctypes.c_uint32.from_buffer(self._rings, sq.head)
         self._sq_tail = ctypes.c_uint32.from_buffer(self._rings, sq.tail)
         self._cq_head = ctypes.c_uint32.from_buffer(self._rings, cq.head)
@@ -106,13 +106,12 @@ class Ring:
         if head == tail:
             return []
         self._barrier()
-        taken = []
-        while head != tail:
-            user_data, result, _ = abi.CQE.unpack_from(self._cqes, (head & self._cq_mask) * self._cqe_bytes)
-            taken.append((user_data, result))
-            head = (head + 1) & 0xFFFFFFFF
+        first, end = head & self._cq_mask, (tail - 1 & self._cq_mask) + 1
+        taken: list[tuple[int, int]] = []
+        for entries in ((first, end),) if first < end else ((first, self._cq_mask + 1), (0, end)):
+            taken += self._cqe.iter_unpack(self._cqes[entries[0] * self._cqe.size : entries[1] * self._cqe.size])
         self._barrier()
-        self._cq_head.value = head
+        self._cq_head.value = tail
         return taken
 
     def register_file(self, fd: int) -> None:

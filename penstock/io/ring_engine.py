@@ -19,11 +19,13 @@ from penstock.io.ring import Ring
 from penstock.io.ring_wake import READ_ID, RingWake
 
 PIECES_MAX = 256  # transfers in the device at once, of all operations
+FIRST_PIECES = 4  # an idle device begins with them while the others are packed
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """One open operation: its bytes up to `issued_bytes` were issued to the device; `pieces` of them are open."""
+    """An open operation of several pieces: its bytes up to `issued_bytes` were issued to the device; `pieces` of them
+    are open."""
 
     op: IoOp
     address: int
@@ -52,6 +54,7 @@ class RingEngine(DeviceEngine):
             ring.close()
             raise
         self.piece_bytes = device.piece_bytes
+        self._whole: dict[int, tuple[IoOp, int, int]] = {}  # operations of one piece: id -> (op, address, length)
         self._pending: deque[_Transfer] = deque()
         self._pieces: dict[int, tuple[_Transfer, int, int]] = {}  # id -> (transfer, offset in it, length)
         self._next_piece = 0
@@ -121,29 +124,42 @@ class RingEngine(DeviceEngine):
         """Split operations into pieces and issue as many as the ring accepts; the rest when pieces end."""
         self._check_open()
         addresses = checked_addresses(ops, self.in_flight(), self.depth, self.capacity_bytes, self.alignment_bytes)
-        room = 0 if self._pending else min(self._ring.space(), PIECES_MAX - len(self._pieces))
+        is_idle = not self._in_device()
+        room = 0 if self._pending else self._room()
         for op, address in zip(ops, addresses, strict=True):
             length = op.buffer.nbytes
-            transfer = _Transfer(op, address, length)
-            self._active.add(transfer)
             if room > 0 and length <= self.piece_bytes:  # most are one piece, and need not wait
-                room -= 1
-                transfer.issued_bytes = self._pack(transfer, 0, length)
-                if transfer.issued_bytes == length:
+                slot, left = self._regions.find(address)
+                if length <= left:
+                    room -= 1
+                    piece = self._next_piece
+                    self._next_piece = piece + 1
+                    self._whole[piece] = (op, address, length)
+                    self._pack_entry(piece, op, op.offset, address, length, slot)
+                    if is_idle and len(self._whole) == FIRST_PIECES:
+                        self._begin()
                     continue
             room = 0
+            transfer = _Transfer(op, address, length)
+            self._active.add(transfer)
             self._pending.append(transfer)
         self._issue()
-        with contextlib.suppress(
-            OSError
-        ):  # entries that the kernel refused stay packed; poll submits them again or raises
+        self._begin()
+
+    def _begin(self) -> None:
+        """Submit packed entries; those that the kernel refuses stay packed, and `poll` submits them again or raises."""
+        with contextlib.suppress(OSError):
             self._ring.submit()
+
+    def _room(self) -> int:
+        """Pieces that can be packed now."""
+        return min(self._ring.space(), PIECES_MAX - len(self._pieces) - len(self._whole))
 
     def _issue(self) -> None:
         """Pack pieces of pending transfers, oldest first, while the rings have room."""
         if not self._pending:
             return
-        room = min(self._ring.space(), PIECES_MAX - len(self._pieces))
+        room = self._room()
         while room > 0 and self._pending:
             transfer = self._pending[0]
             if transfer.error is None:
@@ -156,10 +172,9 @@ class RingEngine(DeviceEngine):
 
     def _pack(self, transfer: _Transfer, at: int, length: int) -> int:
         """Pack one piece; returns its length, which ends where a registered region starts or ends."""
-        address, slot = transfer.address + at, -1
-        if self._registered:
-            slot, left = self._regions.find(address)
-            length = length if length < left else left
+        address = transfer.address + at
+        slot, left = self._regions.find(address)
+        length = length if length < left else left
         piece = self._next_piece
         self._next_piece = piece + 1
         self._pieces[piece] = (transfer, at, length)
@@ -170,7 +185,7 @@ class RingEngine(DeviceEngine):
     def poll(self, timeout_s: float) -> list[IoCompletion]:
         """Operations that have ended; waits at most `timeout_s` for the first one, and issues waiting pieces."""
         deadline_s = time.monotonic() + timeout_s
-        while not self._closed and not self._ended and self._active:
+        while not self._closed and not self._ended and (self._whole or self._active):
             remaining_s = 0.0 if self._wake.woken else deadline_s - time.monotonic()
             if remaining_s > 0:
                 self._wake.arm()
@@ -192,32 +207,48 @@ class RingEngine(DeviceEngine):
 
     def _fewest_completions(self) -> int:
         """The number of open pieces that must end before any operation can end: waking up earlier is useless."""
-        if self._pending or len(self._pieces) <= len(self._active):  # room is needed, or each operation is one piece
+        if self._whole or self._pending or len(self._pieces) <= len(self._active):  # or room is needed
             return 1
         return min(transfer.pieces for transfer in self._active)
 
     def _reap(self) -> None:
-        pieces = self._pieces
+        whole, ended = self._whole, self._ended
         for piece, result in self._ring.completions():
-            if piece >= READ_ID:
-                self._wake.ended()
+            if piece not in whole:
+                self._end_piece(piece, result)
                 continue
-            transfer, at, length = pieces.pop(piece)
-            transfer.pieces -= 1
-            if transfer.error is None:
-                moved = self._moved(transfer.op, transfer.op.offset + at, length, result)
-                if isinstance(moved, OSError):
-                    transfer.error = moved
-                elif moved < length:
-                    self._pack(transfer, at + moved, length - moved)
-            if transfer.pieces:
-                continue
-            if transfer.error is not None:
-                self._drop_failed(transfer)
-            elif transfer.issued_bytes != transfer.length:
-                continue
-            self._active.discard(transfer)
-            self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
+            op, address, length = whole.pop(piece)
+            moved = self._moved(op, op.offset, length, result)
+            if moved == length:
+                ended.append(IoCompletion(op.tag, None))
+            elif isinstance(moved, OSError):
+                ended.append(IoCompletion(op.tag, moved))
+            else:
+                transfer = _Transfer(op, address, length, length)
+                self._active.add(transfer)
+                self._pack(transfer, moved, length - moved)
+
+    def _end_piece(self, piece: int, result: int) -> None:
+        """End a piece of an operation, or an entry of the wake-up."""
+        if piece >= READ_ID:
+            self._wake.ended()
+            return
+        transfer, at, length = self._pieces.pop(piece)
+        transfer.pieces -= 1
+        if transfer.error is None:
+            moved = self._moved(transfer.op, transfer.op.offset + at, length, result)
+            if isinstance(moved, OSError):
+                transfer.error = moved
+            elif moved < length:
+                self._pack(transfer, at + moved, length - moved)
+        if transfer.pieces:
+            return
+        if transfer.error is not None:
+            self._drop_failed(transfer)
+        elif transfer.issued_bytes != transfer.length:
+            return
+        self._active.discard(transfer)
+        self._ended.append(IoCompletion(transfer.op.tag, transfer.error))
 
     def _failure(self, op: IoOp, offset: int, length: int, number: int, reason: str) -> OSError:
         return OSError(number, f"{op.kind} of {length} bytes at {offset}: {reason}", str(self._device.path))
@@ -228,7 +259,7 @@ class RingEngine(DeviceEngine):
             self._pending.popleft()
 
     def _in_device(self) -> int:
-        return len(self._active)
+        return len(self._whole) + len(self._active)
 
     def _release(self) -> None:
         self._wake.close()

@@ -34,7 +34,7 @@ class UringEngine(RingEngine):
         ring = self._ring
         abi.SQE_RW.pack_into(
             ring.sqes, ring.next_entry(), opcode, abi.SQE_FIXED_FILE, 0, 0, offset, address, length, 0,
-            piece, max(slot, 0), 0, 0, 0, 0,
+            piece, slot if slot > 0 else 0, 0, 0, 0, 0,
         )  # fmt: skip
 
     def _moved(self, op: IoOp, offset: int, length: int, result: int) -> int | OSError:

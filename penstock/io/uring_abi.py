@@ -52,9 +52,9 @@ REGISTER_BUFFERS_UPDATE = 16
 # struct io_uring_sqe of a read or write: opcode, flags, ioprio, fd, offset, address, length, rw_flags, user_data,
 # buf_index, personality, splice_fd_in, addr3, pad
 SQE_RW = struct.Struct("<BBHiQQIIQHHiQQ")
-# struct io_uring_cqe: user_data, res, flags
-CQE = struct.Struct("<QiI")
-CQE_BYTES = 16
+# struct io_uring_cqe: user_data, res; its flags are not used
+CQE = struct.Struct("<Qi4x")
+CQE32 = struct.Struct("<Qi20x")  # of a ring with SETUP_CQE32
 
 
 class SqOffsets(ctypes.Structure):
