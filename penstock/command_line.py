@@ -46,17 +46,22 @@ def with_flags(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces a command's parameter `given` by the flags of a record's settings: those named in `panels`, by the title
     of their part of the help ("": the untitled one) and in its order. A flag has no default of its own, because a file
-    may say otherwise: `given` holds those that were given, by name."""
+    may say otherwise: `given` holds those that were given, by name. The name of a setting whose place one of them took
+    is refused with the new one."""
     declared = settings_of(record)
     flags = {name: _flag(declared[name], name, panel) for panel, names in panels.items() for name in names}
+    former = {old: _former_flag(old, name) for name in flags if (old := declared[name].setting.formerly) is not None}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
             asked = {name: values.pop(name) for name in flags}
+            for name in former:
+                del values[name]
             command(given={name: value for name, value in asked.items() if value is not None and value != []}, **values)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        listed = [flag for one in own for flag in (flags.values() if one.name == "given" else [one])]
+        given = [*flags.values(), *former.values()]
+        listed = [flag for one in own for flag in (given if one.name == "given" else [one])]
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in listed]
         )
@@ -86,6 +91,18 @@ def _flag(one: Declared, name: str, panel: str) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _former_flag(old: str, name: str) -> inspect.Parameter:
+    """A flag that is not shown, and refused when it is given."""
+
+    def refused(value: str | None) -> None:
+        if value is not None:
+            raise typer.BadParameter(f"is not a setting any more; allowed: --{name.replace('_', '-')} in its place")
+
+    option = typer.Option(f"--{old.replace('_', '-')}", hidden=True, callback=refused)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(old, kind, default=None, annotation=Annotated[str | None, option])
 
 
 def _unmarked(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from penstock.core.config import ConfigError
-from penstock.core.settings import Declared, settings_of
+from penstock.core.settings import Declared, allowed_instead, settings_of
 from penstock.toml_file import parse_toml
 
 Record = TypeVar("Record")
@@ -64,7 +64,7 @@ def _read_file(path: Path, kind: type) -> dict[str, Any]:
     values = {name.replace("-", "_"): value for name, value in found.items()}
     unknown = sorted(set(values) - set(settings_of(kind)))
     if unknown:
-        raise ConfigError(f"config file {path} has {unknown[0]!r}; allowed: {', '.join(settings_of(kind))}")
+        raise ConfigError(f"config file {path} has {unknown[0]!r}; allowed: {allowed_instead(unknown[0], kind)}")
     return values
 
 

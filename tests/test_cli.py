@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -95,3 +96,13 @@ def test_a_list_of_commands_says_what_each_says_of_itself(group: typer.Typer) ->
 def test_a_command_that_is_not_there_is_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["sevre"], env={"TERM": "dumb"})
     assert result.exit_code == 2 and "No such command 'sevre'" in result.output and "serve" in result.output
+
+
+def test_the_flag_and_the_key_that_counted_blocks_are_refused_with_what_took_their_place(tmp_path: Path) -> None:
+    by_flag = CliRunner().invoke(app, ["serve", "--fetch-window-blocks", "4"])
+    assert by_flag.exit_code == 2 and "allowed: --fetch-window in its place" in " ".join(by_flag.output.replace("│", " ").split())
+    assert "fetch-window-blocks" not in CliRunner().invoke(app, ["serve", "--help"]).stdout
+    (tmp_path / "serve.toml").write_text("fetch_window_blocks = 4\n")
+    by_key = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "serve.toml")])
+    assert by_key.exit_code == 2
+    assert "has 'fetch_window_blocks'; allowed: fetch_window (SIZE) in its place" in by_key.output

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from benchmarks.pool_fill import fill_pool
 from penstock.bench.processes import pool_process
 from penstock.core.bandwidth import LinkCost
-from penstock.core.config import FETCH_WINDOW_BLOCKS, Mode, Policy, SchedulerConfig
+from penstock.core.config import Mode, Policy, SchedulerConfig
 from penstock.core.cost import CostModel
 from penstock.core.engine.scheduler import LoadScheduler
 from penstock.core.keys import BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.operations import BlockHit, RequestSpec
 from penstock.engine.api import GenerationRequest, RequestReport, TokenEvent
-from penstock.engine.build import SAVE_WINDOW_BLOCKS, UPLOAD_GROUP_BLOCKS
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import Profile, load_profile
@@ -35,6 +34,7 @@ FETCH_BYTES_PER_S = 17.2e9
 uploads at the profile's 25 GB/s take 0.147 s, which leaves 0.214 s for the fetch."""
 L1_BYTES = 60e9  # an 80 GB GPU minus weights and activations
 L2_BYTES = 128e9
+FETCH_WINDOW_TOKENS, SAVE_WINDOW_TOKENS, UPLOAD_GROUP_TOKENS = 2048, 1024, 1024
 CONTEXT_TOKENS = 256  # contexts are multiples of it, whatever the size of a block
 RUN_LIMIT_S = 120.0
 
@@ -199,7 +199,6 @@ class Testbed:
     def config(self, mode: Mode, policy: Policy) -> SchedulerConfig:
         """Settings of the engine's scheduler for one mode and policy. Windows and groups hold as many tokens whatever
         the size of a block, so that with links in proportion they cover as much time."""
-        per_block = CONTEXT_TOKENS // self._block_tokens
         return SchedulerConfig(
             block_tokens=self._block_tokens,
             block_bytes=self.block_bytes,
@@ -208,9 +207,9 @@ class Testbed:
             mode=mode,
             policy=policy,
             max_batch_tokens=8192,
-            fetch_window_blocks=FETCH_WINDOW_BLOCKS * per_block,
-            upload_group_blocks=UPLOAD_GROUP_BLOCKS * per_block,
-            save_window_blocks=SAVE_WINDOW_BLOCKS * per_block,
+            fetch_window_blocks=FETCH_WINDOW_TOKENS // self._block_tokens,
+            upload_group_blocks=UPLOAD_GROUP_TOKENS // self._block_tokens,
+            save_window_blocks=SAVE_WINDOW_TOKENS // self._block_tokens,
             age_bound_s=60.0 * self.scale.time_factor,
         )
 

@@ -55,7 +55,6 @@ class Scale:
     buffer_bytes: int = 48 << 20
     staging_bytes: int = 32 << 20
     pool_bytes: int = 4 << 30
-    fetch_window_blocks: int = 8
 
     def profile(self) -> Profile:
         """The paper's compute profile at this scale."""
@@ -197,7 +196,7 @@ class Testbed:
             model = [str(self.model), "--dtype", "float32", "--device", "cpu"]
         sizes = ["--block-tokens", str(BLOCK_TOKENS), "--kv-memory", f"{memory}B"]
         sizes += ["--staging", f"{scale.staging_bytes}B"]
-        sizes += ["--fetch-window-blocks", str(scale.fetch_window_blocks), "--mode", mode, "--policy", "fcfs"]
+        sizes += ["--mode", mode, "--policy", "fcfs"]
         relay = ["--relay-listen", f"10.2.0.{number + 2}:0", "--buffer", f"{scale.buffer_bytes}B"]
         pool = ["--pool", f"10.1.{number}.1:{POOL_PORT}"]
         return [*where, *cluster, *model, *sizes, *pool, *(relay if host.role == "decode" else [])]

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +26,8 @@ from penstock.core.cost import CostModel
 from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
 from penstock.core.new_block import NewBlock, prefix_position
 from penstock.core.pool.runs import FIRST_PARTS
-from penstock.core.spans import SPAN_BLOCKS_MAX, parts, span_blocks, window_blocks
+from penstock.core.spans import SPAN_BLOCKS_MAX, parts
+from penstock.core.windows import FETCH_WINDOW_BYTES, windows_of
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.engine import Engine
 from penstock.engine.modelled_runner import ModelledRunner
@@ -119,10 +120,10 @@ def engine_us_per_block(nodes: int, requests: int, context: int) -> float:
     runner = ModelledRunner(profile, BLOCK_TOKENS)
     size, blocks = runner.layout.full_block_bytes, requests * context // BLOCK_TOKENS
     runner.allocate(blocks + 400)
-    window = window_blocks(8, size, L2_SLOTS)
+    windows = windows_of(FETCH_WINDOW_BYTES, size, L2_SLOTS)
     config = SchedulerConfig(
         block_tokens=BLOCK_TOKENS, block_bytes=size, l1_pages=blocks + 400, l2_slots=L2_SLOTS,
-        max_batch_tokens=8192, fetch_window_blocks=window, upload_group_blocks=max(4, span_blocks(window, size)),
+        max_batch_tokens=8192, **asdict(windows),
     )  # fmt: skip
     prompts = [[number] * context + [1, 2, 3] for number in range(requests)]
     with contextlib.ExitStack() as undo:

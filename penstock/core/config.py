@@ -12,7 +12,6 @@ Mode = Literal["penstock", "coupled"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 MODES: tuple[str, ...] = get_args(Mode)
 NO_QUOTA_S = 1e9
-FETCH_WINDOW_BLOCKS = 8  # default
 BLOCK_TOKENS = 64  # default size of a block in the pool
 PREFILL_QUOTA_S = 0.3  # DualPath's
 
@@ -40,10 +39,6 @@ class OrderSettings:
 
     policy: Policy = setting("feasible", "fcfs, sjf-compute, sjf, srpt, edf, lstf or feasible.")
     max_waiting: int = setting(1024, "Requests waiting; further ones get a 429.")
-    fetch_window_blocks: int = setting(
-        FETCH_WINDOW_BLOCKS,
-        "Blocks in flight per link; of small ones up to 16 MiB, unless it is below 8.",
-    )
     age_bound_s: float = setting(60.0, "Who waited longer goes first.")
     age_delays: float = setting(
         0.75, "A request goes first once its delay is this many times that of arrival order; 0: off."
@@ -86,7 +81,7 @@ class SchedulerConfig(RequestDeadline, SaveSettings, BatchSettings, OrderSetting
     counts requests past admission (loading, in prefill or decoding). A request that waited `age_bound_s` for its first
     token, or was delayed `age_delays` times as long as first come, first served would, goes before all others.
     Windows bound what is in flight on a link: enough that it is never idle, little enough that a more urgent request
-    that arrives waits for few blocks of others.
+    that arrives waits for few blocks of others. `core.windows` derives them from bytes.
     """
 
     block_tokens: int
@@ -101,6 +96,7 @@ class SchedulerConfig(RequestDeadline, SaveSettings, BatchSettings, OrderSetting
     upload_group_blocks: int = 4  # blocks in one upload operation
     upload_window_groups: int = 2
     lookup_window: int = 4
+    fetch_window_blocks: int = 8  # in flight on one link
     save_window_blocks: int = 4
     save_queue_blocks: int = 4096
     hands_off: bool = False  # requests may go on to a decode engine: staging slots are reserved for that

@@ -16,7 +16,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 class Setting:
     """The metadata of a field beside type and default. `name` is that of flag and key where it is not the field's.
     `parse` reads what a user writes as text (each of several), and raises ValueError. `shown` is the default as the
-    help shows it where it is not the value ("": none is shown), `least` what the command line takes at least."""
+    help shows it where it is not the value ("": none is shown), `least` what the command line takes at least;
+    `formerly` is the name of the setting whose place it took."""
 
     help: str
     metavar: str | None = None
@@ -24,6 +25,7 @@ class Setting:
     parse: Callable[[str], Any] | None = None
     shown: str | None = None
     least: int | None = None
+    formerly: str | None = None
 
 
 def setting(default: Any, help: str, metavar: str | None = None, **more: Any) -> Any:
@@ -66,6 +68,15 @@ def settings_of(record: type) -> Mapping[str, Declared]:
     kinds = _kinds(record)
     found = [Declared(one, kinds[one.name]) for one in fields(record) if "setting" in one.metadata]
     return {one.setting.name or one.field.name: one for one in found}
+
+
+def allowed_instead(name: str, record: type) -> str:
+    """What is allowed in the place of a setting that the record does not have: the one that took its place, or all."""
+    declared = settings_of(record)
+    for now, one in declared.items():
+        if one.setting.formerly == name:
+            return f"{now} ({one.setting.metavar or one.kind.__name__}) in its place"
+    return ", ".join(declared)
 
 
 @cache

@@ -5,14 +5,15 @@ Every block of a span keeps its own key, checksum and result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
 from typing import TypeVar
 
-from penstock.core.config import FETCH_WINDOW_BLOCKS
+from penstock.core.operations import Fetch
 
 SPAN_BLOCKS_MAX = 64
 SPAN_BYTES_MAX = 32 << 20
 SPANS_PER_WINDOW = 8  # so that several devices behind a link read at once, and an urgent request gets in between
-WINDOW_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 
@@ -22,13 +23,11 @@ def span_blocks(window_blocks: int, block_bytes: int) -> int:
     return max(1, min(SPAN_BLOCKS_MAX, SPAN_BYTES_MAX // block_bytes, window_blocks // SPANS_PER_WINDOW))
 
 
-def window_blocks(asked: int, block_bytes: int, l2_slots: int) -> int:
-    """The window of a link for blocks of this size: as many as are asked for; of small blocks as many more as make up
-    full spans, within WINDOW_BYTES and a quarter of the staging slots. Fewer than the default are a limit that somebody
-    chose, and stay."""
-    if asked < FETCH_WINDOW_BLOCKS:
-        return asked
-    return max(asked, min(SPANS_PER_WINDOW * SPAN_BLOCKS_MAX, WINDOW_BYTES // block_bytes, l2_slots // 4))
+def spans_of(fetches: Iterable[Fetch], span_blocks: int) -> Iterator[list[Fetch]]:
+    """Fetches that follow each other on one route, in spans of at most `span_blocks`."""
+    for _, on_route in groupby(fetches, key=lambda fetch: fetch.route):
+        while span := list(islice(on_route, span_blocks)):
+            yield span
 
 
 def parts(items: list[Item], size_bytes: int, bytes_max: int = SPAN_BYTES_MAX) -> list[list[Item]]:

@@ -228,6 +228,7 @@ def check_layout(config: Any) -> Check:
 def check_settings(config: Any) -> Check:
     """The connector's own settings, as it reads them; compares block size and staging memory with the model."""
     from penstock.core.config import ConfigError
+    from penstock.core.windows import windows_of
     from penstock.vllm.settings import choose_block_tokens, read_settings
 
     extra = _own_extra(config)
@@ -244,8 +245,9 @@ def check_settings(config: Any) -> Check:
         f"blocks of {block_tokens} tokens ({format_bytes(block_bytes)} on one rank), staging for {held} of them, "
         f"policy {settings.policy}"
     )
-    if held < 2 * settings.fetch_window_blocks:
-        wanted = format_bytes(2 * settings.fetch_window_blocks * block_bytes)
+    window = windows_of(settings.fetch_window_bytes, block_bytes, held).fetch_window_blocks
+    if held < 2 * window:
+        wanted = format_bytes(2 * window * block_bytes)
         return Check("settings", "problem", found, f"staging of {wanted} or more, or loads wait for each other")
     return Check("settings", "ok", found)
 

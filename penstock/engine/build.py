@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from penstock.core.bandwidth import LinkCost
@@ -21,7 +21,7 @@ from penstock.core.config import (
 from penstock.core.cost import CostModel
 from penstock.core.layout import staging_bytes
 from penstock.core.settings import taken_over
-from penstock.core.spans import span_blocks, window_blocks
+from penstock.core.windows import windows_of
 from penstock.engine.config import DEFAULT_POOL_BYTES, EngineConfig
 from penstock.engine.engine import Engine
 from penstock.engine.kv_publisher import KvPublisher
@@ -47,7 +47,6 @@ from penstock.pool.setup.open import link_bytes_per_s, open_pool
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 10.0
-UPLOAD_GROUP_BLOCKS = SAVE_WINDOW_BLOCKS = 4  # of large blocks; small ones are uploaded and saved in spans
 
 
 @dataclass(slots=True)
@@ -120,10 +119,7 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
             f"staging_bytes is {config.staging_bytes}; allowed: at least {'three' if hands_off else 'two'} blocks of "
             f"{staging_bytes(block_bytes)} bytes"
         )
-    order = taken_over(OrderSettings, config)
-    window = window_blocks(config.fetch_window_blocks, block_bytes * config.bytes_divisor, l2_slots)
-    span = span_blocks(window, block_bytes * config.bytes_divisor)  # a modelled block stands for a larger one
-    order["fetch_window_blocks"] = window
+    modelled_bytes = block_bytes * config.bytes_divisor  # a modelled block stands for a larger one
     return SchedulerConfig(
         block_tokens=config.block_tokens,
         block_bytes=block_bytes,
@@ -134,9 +130,8 @@ def _scheduler_config(config: EngineConfig, runner: ModelRunner, hands_off: bool
         saves_yield=runner.computes_on_host,
         max_batch_s=(config.max_batch_s or (PREFILL_QUOTA_S if hands_off else NO_QUOTA_S)) * config.time_factor,
         hands_off=hands_off,
-        save_window_blocks=max(SAVE_WINDOW_BLOCKS, 2 * span),
-        upload_group_blocks=max(UPLOAD_GROUP_BLOCKS, span),
-        **order,
+        **asdict(windows_of(config.fetch_window_bytes, modelled_bytes, l2_slots)),
+        **taken_over(OrderSettings, config),
         **taken_over(BatchSettings, config),
         **taken_over(RequestDeadline, config),
     )

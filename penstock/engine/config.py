@@ -17,6 +17,7 @@ from penstock.core.config import (
     check_range,
 )
 from penstock.core.settings import setting
+from penstock.core.windows import FETCH_WINDOW_BYTES, FETCH_WINDOW_HELP, FORMER_WINDOW
 from penstock.pool.net.tls_flags import PeerSettings
 from penstock.units import format_bytes, parse_address, parse_bytes
 
@@ -82,6 +83,9 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
     kv_events_replay: str | None = setting(None, "ZMQ address that sends missed KV events again.", "ADDRESS")
     kv_memory_bytes: int = setting(512 * MIB, "Device memory for KV (L1).", "SIZE", name="kv_memory", parse=parse_bytes)
     staging_bytes: int = setting(128 * MIB, "Host staging memory (L2).", "SIZE", name="staging", parse=parse_bytes)
+    fetch_window_bytes: int = setting(
+        FETCH_WINDOW_BYTES, FETCH_WINDOW_HELP, "SIZE", name="fetch_window", parse=parse_bytes, formerly=FORMER_WINDOW
+    )
     block_tokens: int = setting(BLOCK_TOKENS, "Tokens of one block.")
     max_context_tokens: int | None = setting(
         None, "Tokens of prompt and answer together.", name="max_context", shown="the model's"
@@ -119,6 +123,7 @@ class EngineConfig(EngineSettings):
         check_range("block_tokens", self.block_tokens, 1, 4096)
         check_range("kv_memory_bytes", self.kv_memory_bytes, 1, 2**50)
         check_range("staging_bytes", self.staging_bytes, 1, 2**50)
+        check_range("fetch_window_bytes", self.fetch_window_bytes, 1, 2**50)
         check_range("bytes_divisor", self.bytes_divisor, 1, 2**20)
         check_range("time_factor", self.time_factor, 1e-6, 1e6)
         if self.max_batch_s is not None:

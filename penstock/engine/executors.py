@@ -148,6 +148,14 @@ class PoolStages:
             self._release(ops)
             ended((_reason_of(error),) * len(ops))
 
+    def fetch_all(self, span: Sequence[Fetch], done: Callable[[Sequence[Fetch], Sequence[str | None]], None]) -> None:
+        """Blocks on one route: from the pool as a span, of which `done` hears once; through a decode engine singly."""
+        if len(span) > 1 and not span[0].route[-1].startswith(RELAY_LINK):
+            self.fetch_span(span, lambda errors: done(span, errors))
+            return
+        for op in span:
+            self.fetch(op, lambda error, op=op: done((op,), (error,)))  # type: ignore[misc]
+
     def _release(self, ops: Sequence[Fetch]) -> None:
         for op in ops:
             self._staging.release(op.slot)

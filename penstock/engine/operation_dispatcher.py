@@ -25,9 +25,9 @@ from penstock.core.operations import (
     Save,
     Upload,
 )
-from penstock.core.spans import span_blocks
+from penstock.core.spans import span_blocks, spans_of
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
-from penstock.engine.peers import RELAY_LINK, Peers
+from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
 from penstock.engine.save_spans import SaveSpans
 from penstock.engine.shaping import Past
@@ -142,20 +142,16 @@ class OperationDispatcher:
     def carry_out(self, operations: Sequence[Operation], emit: Callable[[Emit], None]) -> None:
         """Begin the operations of one decision; `emit` is called with those of its kind. Fetches that follow each other
         on one route of the pool are begun as spans."""
-        span: list[Fetch] = []
+        fetches: list[Fetch] = []
         for operation in operations:
-            if not isinstance(operation, Fetch):
-                if isinstance(operation, Emit):
-                    emit(operation)
-                else:
-                    self._begin(operation)
-                continue
-            if span and (span[0].route != operation.route or len(span) == self._span_blocks):
-                self._fetch(span)
-                span = []
-            span.append(operation)
-        if span:
-            self._fetch(span)
+            if isinstance(operation, Fetch):
+                fetches.append(operation)
+            elif isinstance(operation, Emit):
+                emit(operation)
+            else:
+                self._begin(operation)
+        for span in spans_of(fetches, self._span_blocks):
+            self.stages.fetch_all(span, lambda ops, errors: self._post(partial(self._fetched, ops, errors)))
 
     def _begin(self, operation: Operation) -> None:
         if isinstance(operation, Upload):
@@ -182,16 +178,6 @@ class OperationDispatcher:
             self._post(lambda: self._scheduler.lookup_done(op.op_id, hits, time.monotonic()))
 
         self.stages.lookup(op, done)
-
-    def _fetch(self, span: list[Fetch]) -> None:
-        if len(span) > 1 and not span[0].route[-1].startswith(RELAY_LINK):
-            self.stages.fetch_span(span, lambda errors: self._post(partial(self._fetched, span, errors)))
-            return
-        for op in span:
-            self._fetch_alone(op)
-
-    def _fetch_alone(self, op: Fetch) -> None:
-        self.stages.fetch(op, lambda error: self._post(partial(self._fetched, (op,), (error,))))
 
     def _fetched(self, ops: Sequence[Fetch], errors: Sequence[str | None]) -> None:
         for error in errors:

@@ -55,8 +55,11 @@ class WrappedPool:
         done: DoneMany,
         checks: Sequence[ReadCheck | None] | None = None,
     ) -> None:
-        """Read each block by this wrapper's `read`."""
-        read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
+        """Read blocks of the wrapped pool together; a wrapper that changes `read`, and not this, reads each by it."""
+        if type(self).read is WrappedPool.read:
+            self._inner.read_many(keys, size_bytes, intos, timeout_s, done, checks)
+        else:
+            read_each(self, keys, size_bytes, intos, timeout_s, done, checks)
 
     def lease(self, key: BlockKey) -> Lease | None:
         """Pin a block of the wrapped pool."""
@@ -73,8 +76,12 @@ class WrappedPool:
     def write_many(
         self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
     ) -> None:
-        """Write each block by this wrapper's `write`."""
-        write_each(self, blocks, datas, timeout_s, done)
+        """Write blocks to the wrapped pool together; a wrapper that changes `write`, and not this, writes each by
+        it."""
+        if type(self).write is WrappedPool.write:
+            self._inner.write_many(blocks, datas, timeout_s, done)
+        else:
+            write_each(self, blocks, datas, timeout_s, done)
 
     def evict(self, keys: Sequence[BlockKey]) -> int:
         """Drop blocks of the wrapped pool; how many were dropped."""

@@ -6,13 +6,14 @@ Bandwidths are bytes/s, sizes bytes. A wrong value is refused in one line that n
 from __future__ import annotations
 
 import tomllib
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from penstock.core.config import MODES, POLICIES, ConfigError, SchedulerConfig, check_range
+from penstock.core.windows import FETCH_WINDOW_BYTES, FORMER_WINDOW, windows_of
 from penstock.engine.profile import Profile, load_profile
 from penstock.sim.cluster_shape import SYSTEMS, ClusterShape, System
 from penstock.sim.engine_driver import PCIE
@@ -20,7 +21,7 @@ from penstock.sim.prefill_decode import Fault
 from penstock.sim.served_model import Gpu, ServedModel, load_model
 from penstock.workloads.generators import AGENT_TABLES, CALVO_DATASETS
 
-DERIVED = ("block_bytes", "l1_pages", "l2_slots")  # computed from the model and the memory sizes
+DERIVED = ("block_bytes", "l1_pages", "l2_slots", "fetch_window_blocks")  # computed from the model and from sizes
 HIGH = 1e15
 Sharing = Literal["in order", "fair"]
 
@@ -57,8 +58,9 @@ class LinkFault(_Table, frozen=True):
 
 
 class EngineTable(_Table, frozen=True):
-    """One engine and its pool. `scheduler` holds fields of `SchedulerConfig`. Transfers share a link `in order` of
-    their start, as on a device, or `fair`, as on a network."""
+    """One engine and its pool. `scheduler` holds fields of `SchedulerConfig`; windows that it does not name follow from
+    bytes (`core.windows`). Transfers share a link `in order` of their start, as on a device, or `fair`, as on a
+    network."""
 
     profile: str
     device: tuple[Device, ...]
@@ -66,13 +68,16 @@ class EngineTable(_Table, frozen=True):
     gpu_memory_bytes: float = 80e9
     activation_bytes: float = 4e9
     host_memory_bytes: float = 128e9
+    fetch_window_bytes: float = FETCH_WINDOW_BYTES
     links: dict[str, float] = {}
     scheduler: dict[str, str | int | float | bool] = {}
     sharing: Sharing = "in order"
     fault: tuple[LinkFault, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("weight_bytes", "gpu_memory_bytes", "activation_bytes", "host_memory_bytes"):
+        for name in (
+            "weight_bytes", "gpu_memory_bytes", "activation_bytes", "host_memory_bytes", "fetch_window_bytes",
+        ):  # fmt: skip
             check_range(name, getattr(self, name), 1, HIGH)
         for name, speed in self.links.items():
             check_range(f"links.{name}", speed, 1, HIGH)
@@ -85,7 +90,8 @@ class EngineTable(_Table, frozen=True):
         known = [field.name for field in fields(SchedulerConfig) if field.name not in DERIVED]
         for name in self.scheduler:
             if name not in known:
-                raise ConfigError(f"scheduler.{name} is not a setting; allowed: {', '.join(known)}")
+                allowed = "fetch_window_bytes of engine" if name == FORMER_WINDOW else ", ".join(known)
+                raise ConfigError(f"scheduler.{name} is not a setting; allowed: {allowed}")
         for name, words in (("policy", POLICIES), ("mode", MODES)):
             if self.scheduler.get(name, words[0]) not in words:
                 raise ConfigError(f"scheduler.{name} is {self.scheduler[name]!r}; allowed: {', '.join(words)}")
@@ -109,9 +115,11 @@ class EngineTable(_Table, frozen=True):
                 f"gpu_memory_bytes is {self.gpu_memory_bytes:g}; allowed: at least {need:g}, for weights, activations "
                 "and one block"
             )
-        given: dict[str, Any] = self.scheduler | {
+        l2_slots = int(self.host_memory_bytes / block_bytes)
+        given: dict[str, Any] = asdict(windows_of(int(self.fetch_window_bytes), block_bytes, l2_slots)) | self.scheduler
+        given |= {
             "block_tokens": block_tokens, "block_bytes": block_bytes, "l1_pages": int(room / block_bytes),
-            "l2_slots": int(self.host_memory_bytes / block_bytes),
+            "l2_slots": l2_slots,
         }  # fmt: skip
         return msgspec.convert(given, SchedulerConfig)
 

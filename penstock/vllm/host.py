@@ -27,7 +27,9 @@ from penstock.core.connector.records import HandedOver, Landed
 from penstock.core.connector.scheduler import ConnectorOperation, ConnectorScheduler
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.operations import BlockHit, Drop, Fetch, Forward, Lookup, RequestSpec, Save, Upload
+from penstock.core.spans import span_blocks, spans_of
 from penstock.engine.executors import PoolStages
+from penstock.engine.save_spans import Saved, SaveSpans
 from penstock.pool.announced import AnnouncedPool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
 from penstock.pool.block_size import expect_blocks
@@ -139,6 +141,8 @@ class Host:
         peers = self.hand_offs.peers if self.hand_offs is not None else None
         pool = LeaselessPool(self._pool)
         self._stages = PoolStages(pool, self._staging, self.block_bytes, config.lookup_window, peers)
+        self._span_blocks = span_blocks(config.fetch_window_blocks, self.block_bytes)
+        self._save_spans = self._spans_of_saves(self._epoch)
         self._writer = GuardedWorker("penstock-write", config.save_window_blocks)
         self._thread = GuardedThread("penstock-control", self._run, failed=self._failed)
         if sys.getswitchinterval() > SWITCH_INTERVAL_S:
@@ -237,7 +241,9 @@ class Host:
         self.wake()
 
     def forget_all(self) -> None:
-        """See `ConnectorScheduler.forget_all`. A save whose copy is running ends without being written."""
+        """See `ConnectorScheduler.forget_all`. A save that is being copied, or waits for others to be written with it,
+        ends without being written."""
+        self._save_spans = self._spans_of_saves(self._epoch + 1)
         self._epoch += 1
         self._call(lambda: self.scheduler.forget_all(time.monotonic()), None)
         self.wake()
@@ -457,9 +463,11 @@ class Host:
             if self.hand_offs is not None:
                 self.hand_offs.peers.end_late()
             operations = self.scheduler.decide(time.monotonic())
-            work = [self._prepare(operation) for operation in operations]
+            work = [self._prepare(operation) for operation in operations if not isinstance(operation, Fetch)]
         for do in work:
             do()
+        for span in spans_of((one for one in operations if isinstance(one, Fetch)), self._span_blocks):
+            self._fetch(span)
         if news:
             self._news.set()
         self._say_losses()
@@ -479,8 +487,6 @@ class Host:
 
     def _prepare(self, operation: ConnectorOperation) -> Callable[[], None]:
         """The action for an operation, to run after the lock is released."""
-        if isinstance(operation, Fetch):
-            return partial(self._fetch, operation)
         if isinstance(operation, Upload):
             blocks = [(slot, self._pages[page]) for slot, page in operation.blocks]
             after = max(self._load_steps.get(page, -1) for _, page in operation.blocks)
@@ -511,16 +517,19 @@ class Host:
 
         self._stages.lookup(op, done)
 
-    def _fetch(self, op: Fetch) -> None:
-        def ended(error: str | None) -> None:
-            if error is not None:
-                self.activity.load_failures[error] += 1
-            self.scheduler.fetched(op.op_id, error, time.monotonic())
+    def _fetch(self, span: Sequence[Fetch]) -> None:
+        def ended(ops: Sequence[Fetch], errors: Sequence[str | None]) -> None:
+            self.activity.load_failures.update(error for error in errors if error is not None)
+            self.scheduler.fetched_many([op.op_id for op in ops], errors, time.monotonic())
 
-        if self._staging.place(op.slot) is None:
-            self._inbox.put(partial(ended, "device"))
-            return
-        self._stages.fetch(op, lambda error: self._inbox.put(partial(ended, error)))
+        def end(ops: Sequence[Fetch], errors: Sequence[str | None]) -> None:
+            self._inbox.put(partial(ended, ops, errors))
+
+        for op in span:
+            if self._staging.place(op.slot) is None:
+                end((op,), ("device",))
+        if found := [op for op in span if self._staging.place(op.slot) is not None]:
+            self._stages.fetch_all(found, end)
 
     def _upload(self, op: Upload, blocks: list[tuple[int, Ids]], after: int) -> None:
         def ended(error: str | None) -> None:
@@ -538,11 +547,27 @@ class Host:
         self._workers.upload(wire.Upload(op.op_id, found, after), ended)
 
     def _save(self, op: Save, ids: Ids, step: int, epoch: int) -> None:
-        def write() -> None:
-            if not self._writer.put(partial(self._write, op), partial(self._not_written, op)):
-                self._saved(op, "closed")
+        def end(reason: str | None) -> None:
+            self._inbox.put(partial(self._saved, op, reason))
 
-        self._download(op, (ids, step), epoch, write, partial(self._saved, op))
+        def failed(reason: str) -> None:
+            spans.copied(None)
+            self._saved(op, reason)
+
+        spans = self._save_spans
+        spans.copying()
+        self._download(op, (ids, step), epoch, lambda: spans.copied((op, end)), failed)
+
+    def _spans_of_saves(self, epoch: int) -> SaveSpans:
+        return SaveSpans(self._span_blocks, partial(self._write, epoch))
+
+    def _write(self, epoch: int, saves: Sequence[Saved]) -> None:
+        """Write blocks that were copied out of vLLM's cache in this epoch, on a separate thread: the pool computes the
+        checksum, 0.6 ms per MB, before it returns."""
+        if epoch != self._epoch:
+            _end_all(saves, "reset")
+        elif not self._writer.put(partial(self._stages.write_span, saves), lambda error: _end_all(saves, "device")):
+            _end_all(saves, "closed")
 
     def _forward(self, op: Forward, source: tuple[Ids, int] | None, epoch: int) -> None:
         """Send a block to the decode engine, from a slot or from vLLM's blocks `source`, which that step computes."""
@@ -589,13 +614,6 @@ class Host:
         ids, step = source
         self._workers.download(wire.Download(op.op_id, place, ids, step), ended)
 
-    def _write(self, op: Save) -> None:
-        """Runs on a separate thread: the pool computes the checksum, 0.6 ms per MB, before it returns."""
-        self._stages.write(op, lambda reason: self._inbox.put(partial(self._saved, op, reason)))
-
-    def _not_written(self, op: Save, error: Exception) -> None:
-        self._inbox.put(partial(self._saved, op, "device"))
-
     def _saved(self, op: Save, error: str | None) -> None:
         if error is None:
             self.activity.saved_bytes += self.block_bytes
@@ -617,6 +635,11 @@ class Host:
             invalid = [place for one in ids[notice.hole - first :] for place in one[0] if place >= 0]
             failed = not invalid  # vLLM then asks again
         self._workers.notify(self._notices.new(wire.Finished(notice.request_id, invalid, failed)))
+
+
+def _end_all(saves: Sequence[Saved], reason: str) -> None:
+    for _, end in saves:
+        end(reason)
 
 
 def _nothing() -> None:

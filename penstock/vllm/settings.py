@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.core.config import BLOCK_TOKENS, ConfigError, OrderSettings, SaveSettings, check_choices, check_range
-from penstock.core.settings import Declared, setting, settings_of
+from penstock.core.settings import Declared, allowed_instead, setting, settings_of
+from penstock.core.windows import FETCH_WINDOW_BYTES, FETCH_WINDOW_HELP, FORMER_WINDOW
 from penstock.pool.mac import PoolKey
 from penstock.pool.net.tls_flags import PeerSettings, named_file
 from penstock.pool.setup.config import PoolConfig, config_of_flags
@@ -66,6 +67,9 @@ class Settings(OrderSettings, SaveSettings, PeerSettings):
     )
     pool_key_file: Path | None = setting(None, "File (0600) with the key that signs and verifies blocks.", "FILE")
     staging_bytes: int = setting(1 << 30, "Host staging memory (L2).", "SIZE", name="staging", parse=_size)
+    fetch_window_bytes: int = setting(
+        FETCH_WINDOW_BYTES, FETCH_WINDOW_HELP, "SIZE", name="fetch_window", parse=_size, formerly=FORMER_WINDOW
+    )
     block_tokens: int = setting(
         0, "Tokens in one pool block.", shown=f"{BLOCK_TOKENS}, or the next multiple of vLLM's block"
     )
@@ -101,7 +105,7 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
     unknown = sorted(set(extra) - set(declared) - OWN_KEYS)
     if unknown:
         raise ConfigError(
-            f"kv_connector_extra_config has the key {unknown[0]!r}; allowed: {', '.join(sorted(declared))}"
+            f"kv_connector_extra_config has the key {unknown[0]!r}; allowed: {allowed_instead(unknown[0], Settings)}"
         )
     settings = Settings(
         **{one.field.name: _read(key, one, extra[key]) for key, one in declared.items() if key in extra}
@@ -176,7 +180,7 @@ def _check(settings: Settings) -> None:
         ("age_bound_s", 1e-3, 1e6),
         ("age_delays", 0, 1e6),
         ("default_slo_ttft_s", 1e-3, 1e6),
-        ("fetch_window_blocks", 1, 4096),
+        ("fetch_window_bytes", 1, 2**50),
         ("max_waiting", 1, 10**6),
     ):
         check_range(name, getattr(settings, name), low, high)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from penstock.core.config import ConfigError, OrderSettings, SaveSettings, SchedulerConfig
 from penstock.core.settings import taken_over
+from penstock.core.windows import windows_of
 from penstock.pool.api import Pool
 from penstock.pool.net.connect import connect_node
 from penstock.pool.net.secret import Secret
@@ -77,6 +78,7 @@ def scheduler_config(settings: Settings, shape: Shape, block_bytes: int, slot_by
         l2_slots=slots,
         recompute=not settings.load_always,
         hands_off=settings.agent is not None,
+        **asdict(windows_of(settings.fetch_window_bytes, block_bytes, slots)),
         **taken_over(OrderSettings, settings),
         **taken_over(SaveSettings, settings),
     )

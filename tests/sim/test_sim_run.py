@@ -160,6 +160,10 @@ WRONG: list[tuple[str, str, str, str]] = [
     (ENGINE, "weight_bytes = 16e9", "weight_bytes = 79e9", "gpu_memory_bytes is 8e+10; allowed: at least"),
     (ENGINE, "block_tokens = 64", 'policy = "best"', "policy is 'best'; allowed: fcfs"),
     (ENGINE, "block_tokens = 64", "l1_pages = 5", "scheduler.l1_pages is not a setting"),
+    (
+        ENGINE, "block_tokens = 64", "fetch_window_blocks = 4",
+        "scheduler.fetch_window_blocks is not a setting; allowed: fetch_window_bytes of engine",
+    ),
     (ENGINE, 'over = ["nic"]', 'over = ["nic2"]', "link is 'nic2'; allowed: nic"),
     (ENGINE, "seed = 3", "sead = 3", "unknown field `sead`"),
     (ENGINE, "seed = 3", "seed = -3", "seed is -3"),

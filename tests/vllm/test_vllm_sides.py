@@ -241,7 +241,7 @@ def pool_node(pace_bytes_per_s: float | None = None) -> Iterator[PoolNode]:
 def test_blocks_that_are_lost_after_pages_were_given_are_named_to_vllm() -> None:
     with pool_node(pace_bytes_per_s=500) as node:  # a block has 384 bytes
         options = {"staging_bytes": 1 << 20, "lookup_timeout_s": 10.0, "fetch_timeout_s": 60.0}
-        rig = Rig(Settings(pool=(format_address(*node.address),), fetch_window_blocks=1, **options))  # type: ignore[arg-type]
+        rig = Rig(Settings(pool=(format_address(*node.address),), fetch_window_bytes=384, **options))  # type: ignore[arg-type]
         try:
             for place in range(12):
                 rig.fill(place, place)
@@ -366,6 +366,11 @@ def test_no_thread_or_memory_is_left_behind() -> None:
         ({"memory": "1GiB", "fetch_timeout_s": -1}, "fetch_timeout_s is -1"),
         ({"memory": "1GiB", "fetch_timeout_s": "fast"}, "fetch_timeout_s is 'fast'; allowed: a number"),
         ({"memory": "1GiB", "load_always": "yes"}, "load_always is 'yes'; allowed: true or false"),
+        (
+            {"memory": "1GiB", "fetch_window_blocks": 8},
+            r"window_blocks'; allowed: fetch_window \(SIZE\) in its place",
+        ),
+        ({"memory": "1GiB", "fetch_window": "wide"}, "fetch_window is 'wide'; size 'wide' is not understood"),
         ({"slab": "/data/kv.slab"}, "slab is '/data/kv.slab'; allowed: PATH:SIZE"),
     ],
 )

@@ -22,13 +22,14 @@ PANELS = {
     "Model": ("load_format", "dtype", "device", "seed", "executor", "profile", "bytes_divisor", "time_factor"),
     "KV cache": (
         *("pool", "memory", "slab", "pool_config", "no_pool", "pool_key_file", "kv_memory", "staging"),
+        "fetch_window",
         "block_tokens",
         "kv_events",
         "kv_events_replay",
     ),
     "Scheduling": (
         *("policy", "mode", "max_context", "max_batch_tokens", "max_batch_s", "recompute", "max_running"),
-        *("max_waiting", "fetch_window_blocks"),
+        "max_waiting",
     ),
     LIMITS: (
         *("age_bound_s", "age_delays", "default_slo_ttft_s", "fetch_timeout_s", "lookup_timeout_s"),

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from penstock.cluster.handoff.buffer import DecodeBuffer
 from penstock.cluster.handoff.relay import BUFFER_LINK
 from penstock.core.keys import BlockKey
-from penstock.core.new_block import NewBlock
-from penstock.pool.api import DoneMany, Lease, Located, Pool, PoolError, ReadCheck
+from penstock.pool.api import Lease, Located, Pool, PoolError
 from penstock.pool.losses import count_loss
 from penstock.pool.wrapped import WrappedPool
 from penstock.process.rate_limited_log import RateLimitedLog
@@ -44,24 +43,6 @@ class BufferedPool(WrappedPool):
         for index, located in zip(absent, stored, strict=True):
             found[index] = located
         return found
-
-    def read_many(
-        self,
-        keys: Sequence[BlockKey],
-        size_bytes: int,
-        intos: Sequence[memoryview],
-        timeout_s: float,
-        done: DoneMany,
-        checks: Sequence[ReadCheck | None] | None = None,
-    ) -> None:
-        """Read blocks of the storage pool together."""
-        self._inner.read_many(keys, size_bytes, intos, timeout_s, done, checks)
-
-    def write_many(
-        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
-    ) -> None:
-        """Write blocks to the storage pool together."""
-        self._inner.write_many(blocks, datas, timeout_s, done)
 
     def lease(self, key: BlockKey) -> Lease | None:
         """The block in the buffer's memory, else in a memory member of the storage pool."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 from penstock.core.bandwidth import LinkSpeed
 from penstock.core.keys import BlockKey
-from penstock.pool.api import Done, Pool, PoolError, ReadCheck
+from penstock.pool.api import Done, DoneMany, Pool, PoolError, ReadCheck
 from penstock.pool.wrapped import WrappedPool
 
 
@@ -70,3 +71,21 @@ class MeteredPool(WrappedPool):
     ) -> None:
         """As `Pool.read`; its time and bytes are metered."""
         super().read(key, size_bytes, into, timeout_s, self._meter.metered(size_bytes, done), check)
+
+    def read_many(
+        self,
+        keys: Sequence[BlockKey],
+        size_bytes: int,
+        intos: Sequence[memoryview],
+        timeout_s: float,
+        done: DoneMany,
+        checks: Sequence[ReadCheck | None] | None = None,
+    ) -> None:
+        """As `Pool.read_many`; the blocks' time and bytes are metered as those of one transfer."""
+
+        def ended(errors: list[PoolError | None]) -> None:
+            self._meter.end(size_bytes * errors.count(None))
+            done(errors)
+
+        self._meter.begin()
+        self._inner.read_many(keys, size_bytes, intos, timeout_s, ended, checks)

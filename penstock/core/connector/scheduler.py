@@ -424,9 +424,14 @@ class ConnectorScheduler:
 
     def fetched(self, op_id: int, error: str | None, now: float) -> None:
         """A Fetch ended; `error` is the reason label of a failure."""
-        self._costs.fetched()
-        self._moved(op_id, error)
-        self._loading.fetched((op_id,), (error,), now)
+        self.fetched_many((op_id,), (error,), now)
+
+    def fetched_many(self, op_ids: Sequence[int], errors: Sequence[str | None], now: float) -> None:
+        """Fetches on one route ended together, each with its own result."""
+        for op_id, error in zip(op_ids, errors, strict=True):
+            self._costs.fetched()
+            self._moved(op_id, error)
+        self._loading.fetched(op_ids, errors, now)
         self._close_holes()
 
     def uploaded(self, op_id: int, now: float) -> None:

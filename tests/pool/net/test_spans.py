@@ -16,7 +16,7 @@ import pytest
 
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
-from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX, parts, span_blocks, window_blocks
+from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX, parts
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError
 from penstock.pool.authenticated import AuthenticatedPool
@@ -421,13 +421,7 @@ def test_an_older_version_is_refused_with_a_clear_line(rig: NodeRig) -> None:
         wire.check_greeting(b"PNSTCK\x03\x00")
 
 
-def test_spans_and_windows_by_the_size_of_blocks() -> None:
-    assert [span_blocks(8, size) for size in (4096, 8 * MIB)] == [1, 1]  # an explicit window stays what it was
-    assert window_blocks(8, 8 * MIB, 4096) == 8 and span_blocks(8, 8 * MIB) == 1
-    assert window_blocks(8, 4096, 1 << 15) == 512 and span_blocks(512, 4096) == SPAN_BLOCKS_MAX
-    assert window_blocks(8, 128 * KIB, 1024) == 128 and span_blocks(128, 128 * KIB) == 16
-    assert window_blocks(8, 2 * MIB, 1024) == 8 and span_blocks(32, 2 * MIB) == 4
-    assert window_blocks(8, 4096, 64) == 16  # no more than a quarter of the staging slots
+def test_parts_are_spans() -> None:
     draws = random.Random(1)
     for _ in range(200):
         items = list(range(draws.randrange(300)))
