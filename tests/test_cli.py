@@ -100,7 +100,8 @@ def test_a_command_that_is_not_there_is_refused_by_name() -> None:
 
 def test_the_flag_and_the_key_that_counted_blocks_are_refused_with_what_took_their_place(tmp_path: Path) -> None:
     by_flag = CliRunner().invoke(app, ["serve", "--fetch-window-blocks", "4"])
-    assert by_flag.exit_code == 2 and "allowed: --fetch-window in its place" in " ".join(by_flag.output.replace("│", " ").split())
+    said = " ".join(by_flag.output.replace("│", " ").split())
+    assert by_flag.exit_code == 2 and "allowed: --fetch-window in its place" in said
     assert "fetch-window-blocks" not in CliRunner().invoke(app, ["serve", "--help"]).stdout
     (tmp_path / "serve.toml").write_text("fetch_window_blocks = 4\n")
     by_key = CliRunner().invoke(app, ["serve", "--config", str(tmp_path / "serve.toml")])
