@@ -132,7 +132,7 @@ def test_the_command_line_has_the_settings_of_the_record_and_no_others(command: 
     listed = [name for names in panels.values() for name in names]
     of_the_command = {"help", "config", "log_level", "stock_scheduler", "print_command"}
     assert len(listed) == len(set(listed)) and set(options(command)) - of_the_command == set(listed) - {"log_level"}
-    keys_only = {"fetch_window", "max_waiting", "save_timeout_s", "age_bound_s", "age_delays"}
+    keys_only = {"max_waiting", "save_timeout_s", "age_bound_s", "age_delays"}
     keys_only |= {"block_tokens", "model_id", "weight_version", "agent"}
     assert set(settings_of(record)) - set(listed) == (keys_only if command == "vllm" else set())
     for name in set(listed) - set(ARGUMENTS):

@@ -26,6 +26,7 @@ CONTEXT_TOKENS_MAX = 2048
 START_S_MAX = 400.0
 REFERENCE_S_MAX = 400.0
 BUFFER_BYTES = 160 << 20
+FETCH_WINDOW = "2MiB"  # eight of the small model's blocks, as the default has of Llama-3.1-8B's
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # instances would share the one core that vLLM chooses for each
@@ -116,6 +117,7 @@ class VllmBed(Testbed):
         words = [str(self.model), "--port", "0", "--log-level", "warning", "--engine-name", name, "--node", name]
         words += ["--router", f"{ROUTER_ADDRESS}:{ROUTER_PORT}", "--role", role, "--secret-file", str(self.secret_file)]
         words += ["--pool", f"10.1.{number}.1:{POOL_PORT}", "--staging", "48MiB"]
+        words += ["--fetch-window", FETCH_WINDOW]
         if role == "decode":
             words += ["--relay-listen", f"10.2.0.{number + 2}:0", "--buffer", f"{self._buffer_bytes}B"]
         for flag, value in self._flags.items():

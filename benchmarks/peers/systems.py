@@ -37,6 +37,7 @@ VLLM_READY = re.compile(r"(Application startup complete)")
 REDIS_READY = re.compile(r"(Ready to accept connections)")
 VLLM_READY_S = 300.0
 LMCACHE_CHUNK_TOKENS = 256
+WINDOW_TOKENS = 512  # what the default window holds of Llama-3.1-8B: the link is as much slower as tokens are smaller
 LMCACHE_SHM_PREFIX = "penstock_bench_"
 PROBE_S = 60.0
 RESET_S = 30.0
@@ -162,6 +163,7 @@ def vllm_command(bed: Bed, system: str, port: int, store: str) -> list[str]:
         command += ["--kv-transfer-config", json.dumps(config)]
     elif system != STOCK:
         extra = {"pool": store, "staging": f"{bed.staging_bytes}B"}
+        extra["fetch_window"] = f"{WINDOW_TOKENS * bed.kv_bytes_per_token}B"
         if bed.policy is not None:
             extra["policy"] = bed.policy
         if bed.age_bound_s is not None:

@@ -21,7 +21,17 @@ from penstock.vllm.flags import FlagError, connector_extra, serve_arguments
 from penstock.vllm.settings import Settings, read_settings
 
 PANELS = {
-    "KV cache": ("pool", "pool_config", "memory", "slab", "secret_file", "pool_key_file", "staging", "tp_independent"),
+    "KV cache": (
+        "pool",
+        "pool_config",
+        "memory",
+        "slab",
+        "secret_file",
+        "pool_key_file",
+        "staging",
+        "fetch_window",
+        "tp_independent",
+    ),
     TLS_PANEL: TLS_NAMES,
     "Scheduling": ("policy", "default_slo_ttft_s", "fetch_timeout_s", "lookup_timeout_s", "load_always"),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from penstock.core.operations import Fetch
 from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX, span_blocks, spans_of
-from penstock.core.windows import FETCH_WINDOW_BYTES, SAVE_WINDOW_BYTES, WINDOW_BLOCKS_MAX, Windows, windows_of
+from penstock.core.windows import FETCH_WINDOW_BYTES, WINDOW_BLOCKS_MAX, Windows, windows_of
 
 KIB, MIB = 1 << 10, 1 << 20
 SLOTS = 1 << 15  # staging memory that bounds nothing
@@ -46,7 +46,8 @@ def test_windows_stay_within_bytes_blocks_and_staging() -> None:
         assert 1 <= found.fetch_window_blocks <= min(WINDOW_BLOCKS_MAX, staged)
         assert found.fetch_window_blocks * block <= max(window, block)
         assert 2 <= found.save_window_blocks <= max(2, staged)
-        assert found.save_window_blocks * block <= max(SAVE_WINDOW_BYTES, 2 * block)
+        assert found.save_window_blocks * block <= max(window // 2, 2 * block)
+        assert 1 <= found.forward_window_blocks <= 128 and found.forward_window_blocks * block <= max(window, block)
         span = span_blocks(found.fetch_window_blocks, block)
         assert span <= found.upload_group_blocks <= SPAN_BLOCKS_MAX and (span * block <= SPAN_BYTES_MAX or span == 1)
 
