@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 LOADS_MAX = 4096
 STORES_MAX = 256
+LOADS_TOGETHER = 8  # given to the engine at once: few system calls, and the device does not wait for all of them
 POLL_S = 0.01  # `put` and commits end a poll early
 CONSECUTIVE_ERRORS_MAX = 3
 LOCK_WAIT_S = 1.0  # of a killed process, whose lock the kernel releases only with its io_uring
@@ -249,45 +250,77 @@ class DeviceMember:
 
     def _submit_waiting(self) -> bool:
         """Submit queued work to the engine, loads first; True when the engine has no room for more."""
-        while len(self._submitted) < self._engine.depth:
-            work = self._queue.take_load()
-            if work is None and self._stores_in_flight < self._stores_depth:
-                work = self._queue.take_store(self._journal.committed)
-            if work is None:
+        while (room := self._engine.depth - len(self._submitted)) > 0:
+            works = self._queue.take_loads(min(room, LOADS_TOGETHER))
+            if not works and self._stores_in_flight < self._stores_depth:
+                store = self._queue.take_store(self._journal.committed)
+                works = [store] if store is not None else []
+            if not works:
                 return False
-            self._submit(work)
+            self._submit(works)
         return True
 
-    def _submit(self, work: Work) -> None:
-        if self.fenced and not self._probe.owns(work):
-            finish_work(work, PoolError("device", self.fenced))
-            return
+    def _submit(self, works: Sequence[Work]) -> None:
+        """Submit work together; what cannot be submitted ends. After an exception all of it has ended."""
         now_s = time.monotonic()
+        left = list(works)  # neither in the engine nor ended
+        try:
+            ops: list[IoOp] = []
+            for work in works:
+                op = self._op(work, now_s)
+                if isinstance(op, IoOp):
+                    ops.append(op)
+                else:
+                    left.remove(work)
+                    finish_work(work, op)
+            if ops:
+                self._submit_ops(ops, left, now_s)
+        except Exception as error:
+            for work in left:
+                finish_work(work, PoolError("device", f"{work.kind} on {self.name}: {error!r}"))
+            raise
+
+    def _op(self, work: Work, now_s: float) -> IoOp | PoolError:
+        """The engine's operation for this work, or why there is none."""
+        if self.fenced and not self._probe.owns(work):
+            return PoolError("device", self.fenced)
         if work.deadline_s <= now_s:
-            finish_work(work, PoolError("deadline", f"waited too long for {self.name}"))
-            return
+            return PoolError("deadline", f"waited too long for {self.name}")
         block = work.block
         try:
+            data = work.buffer[: block.extent_bytes]
             if work.kind == "store":
                 block.checksum = block_checksum(block.key, work.buffer[: block.size_bytes])
-            op = IoOp("read" if work.kind == "load" else "write", block.offset, work.buffer[: block.extent_bytes], work)
-            if len(op.buffer) != block.extent_bytes:
-                raise ValueError(f"the buffer has {len(op.buffer)} bytes, the extent {block.extent_bytes}")
-            self._engine.submit([op])
+            if len(data) != block.extent_bytes:
+                raise ValueError(f"the buffer has {len(data)} bytes, the extent {block.extent_bytes}")
         except (ValueError, TypeError) as error:
-            finish_work(work, PoolError("layout", str(error)))
+            return PoolError("layout", str(error))
+        return IoOp("read" if work.kind == "load" else "write", block.offset, data, work)
+
+    def _submit_ops(self, ops: Sequence[IoOp], left: list[Work], now_s: float) -> None:
+        """Submit operations; removes from `left` the work of those that the engine has, and of those that ended."""
+        try:
+            self._engine.submit(ops)
+        except (ValueError, TypeError) as error:
+            if len(ops) > 1:  # none was submitted: the engine does not say which is wrong
+                for op in ops:
+                    self._submit_ops([op], left, now_s)
+                return
+            left.remove(ops[0].tag)
+            finish_work(ops[0].tag, PoolError("layout", str(error)))
             return
         except OSError as error:
-            self._failed(work, error)
+            for op in ops:
+                left.remove(op.tag)
+                self._failed(op.tag, error)
             return
-        except Exception as error:
-            finish_work(work, PoolError("device", f"{work.kind} on {self.name}: {error!r}"))
-            raise
-        self._submitted[work] = now_s
-        if work.kind == "store":
-            self._stores_in_flight += 1
-        else:
-            self._meter.started(now_s)
+        for op in ops:
+            left.remove(op.tag)
+            self._submitted[op.tag] = now_s
+            if op.kind == "write":
+                self._stores_in_flight += 1
+            else:
+                self._meter.started(now_s)
 
     def _collect(self, timeout_s: float) -> None:
         completions = self._engine.poll(timeout_s)
@@ -344,7 +377,7 @@ class DeviceMember:
             self.fenced = None
             log.warning("%s answers again and is used again", self.name)
         elif self._probe.due(now_s) and len(self._submitted) < self._engine.depth:
-            self._submit(self._probe.work(now_s))
+            self._submit([self._probe.work(now_s)])
 
 
 def open_device_member(

@@ -89,6 +89,11 @@ class WorkQueue:
         with self._changed:
             return self._loads.take()
 
+    def take_loads(self, at_most: int) -> list[Work]:
+        """The next loads, fairly among accounts; none when there is none. Does not wait."""
+        with self._changed:
+            return [work for _ in range(min(at_most, len(self._loads))) if (work := self._loads.take()) is not None]
+
     def take_store(self, committed: int) -> Work | None:
         """The next store; None while a load waits, or while the row of the extent's old block is not deleted yet."""
         with self._changed:

@@ -9,13 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from penstock.core.layout import staging_bytes
+from penstock.io.api import BlockEngine, IoOp
 from penstock.io.memory import aligned_buffer
 from penstock.io.open import open_engine
 from penstock.pool.api import PoolError
@@ -476,3 +477,49 @@ def test_loads_after_the_deadline_and_into_short_buffers_end_at_once(rig: Rig) -
         rig.member.put(Work("load", block, buffer, deadline_s, lambda work, error: ends.append(error)))
     until(lambda: len(ends) == 2)
     assert [end.reason if end else None for end in ends] == ["deadline", "layout"]
+
+
+class Batches(FaultyEngine):
+    """Notes how many operations come together. `broken`: they are refused, for no reason of their own."""
+
+    def __init__(self, inner: BlockEngine) -> None:
+        super().__init__(inner, depth=inner.depth)
+        self.batches: list[int] = []
+        self.broken = False
+
+    def submit(self, ops: Sequence[IoOp]) -> None:
+        self.batches.append(len(ops))
+        if self.broken and len(self.batches) == 1:
+            raise RuntimeError("injected")
+        self.inner.submit(ops)
+
+
+@pytest.mark.parametrize("fault", ["none", "one is wrong", "the engine breaks"])
+def test_loads_that_wait_are_given_to_the_engine_together_and_each_ends(fault: str, tmp_path: Path) -> None:
+    path, loads = tmp_path / "kv.slab", 4 * device.LOADS_TOGETHER
+    engine = Batches(open_engine(path, 4 * MIB, 64))
+    one = open_device_member("ssd:0", str(path), engine, tmp_path / "kv.db")
+    engine.batches.clear()
+    engine.broken = fault == "the engine breaks"
+    ends: dict[int, str] = {}
+
+    def ended(work: Work, error: PoolError | None) -> None:
+        assert work.block.offset not in ends
+        ends[work.block.offset] = error.reason if error else "ok"
+
+    offsets = [HEADER_BYTES + 4096 * number for number in range(loads)]
+    wrong = 8 * MIB if fault == "one is wrong" else None
+    for at in offsets if wrong is None else [*offsets[:3], wrong, *offsets[3:-1]]:
+        block = Block(key_of(at), ROOT, 0, at, 4096, 0)
+        assert one.put(Work("load", block, aligned_buffer(4096), time.monotonic() + 60.0, ended)) is None
+    one.start()
+    until(lambda: len(ends) == loads)
+    one.close(5.0)
+    together = device.LOADS_TOGETHER
+    if fault == "none":
+        assert set(ends.values()) == {"ok"} and engine.batches == [together] * 4
+    elif fault == "one is wrong":
+        assert ends.pop(8 * MIB) == "layout" and set(ends.values()) == {"ok"}
+        assert engine.batches == [together, *[1] * together, *[together] * 3]
+    else:
+        assert set(ends.values()) == {"device"} and engine.batches[0] == together
