@@ -38,7 +38,8 @@ def test_measures_and_writes(with_fio: bool, tmp_path: Path, monkeypatch: pytest
     record = json.loads((tmp_path / "out" / "io.json").read_text())
     assert record["experiment"] == "io" and record["modelled"] == []
     figures = record["figures"]
-    assert record["limits"] == {"uring_read_2m_ratio": 0.95}
+    loads = [f"read_{pattern}{size}" for pattern in ("", "random_") for size in ("128k", "2m", "4m")]
+    assert record["limits"] == {f"uring_{load}_ratio": 0.95 for load in loads}
     assert figures["uring_read_2m_ratio"] > 0.1 and figures["uring_read_2m_cpu_s_per_gb"] > 0
     assert figures["file_per_chunk_read_2m_cpu_s_per_gb"] > 0
     assert ("fio_read_2m_gb_per_s" in figures) == with_fio
