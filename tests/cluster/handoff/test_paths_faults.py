@@ -87,7 +87,7 @@ def test_a_decode_side_that_hangs(told: bool, llama: Path, expected: Expected, w
     """Its blocks are read on the other side: at once where the router says so, by the deadline of reads otherwise."""
     with cluster(llama) as c:
         warm(c)
-        settings = {"fetch_timeout_s": 1.0, "fetch_window_blocks": 2}
+        settings = {"fetch_timeout_s": 1.0, "fetch_window_bytes": 2 * c.block_bytes}
         with beside(llama, c, decodes=1, engine=settings) as pair:
             faulty = wire(pair)
             pair.start(prompt_of(9, 20), decode_relay=faulty.address).answer()
