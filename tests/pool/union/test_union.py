@@ -369,7 +369,8 @@ def test_reads_of_two_paced_nodes_run_in_parallel(hosts: Hosts) -> None:
 
 
 def node_of(hosts: Hosts, local: LocalPool | None, others: Sequence[str], port: int = 0) -> PoolNode:
-    return hosts.node(open_union(local, others, connect_timeout_s=2.0, for_node=True), port)
+    weights = [GB_PER_S] * (len(others) + (local is not None))
+    return hosts.node(open_union(local, others, weights, connect_timeout_s=2.0, for_node=True), port)
 
 
 @BOTH_WAYS
