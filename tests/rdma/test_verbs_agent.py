@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -98,18 +99,27 @@ def test_a_connection_that_the_node_ends_is_given_up(monkeypatch: pytest.MonkeyP
     assert "no request ended" in (why := pair.refused("READ", MIB)) or "retry" in why, why
 
 
-def test_once_the_node_has_ended_a_connection_nothing_that_was_under_way_is_written() -> None:
-    for _ in range(10):
+def test_once_the_node_has_ended_a_connection_nothing_that_was_under_way_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verbs_agent, "STALL_S", 1.0)
+    cut = 0
+    for _ in range(3):
         pair = Pair("write")
-        spans = [(address_of(pair.ours), address_of(pair.theirs), SIZE)] * 8
+        spans = [(address_of(pair.ours), address_of(pair.theirs), SIZE)] * 64
         moving = pair.client.begin("WRITE", pair.peer, spans)
-        wait_until(lambda pair=pair: pair.theirs[0] == pair.ours[0], "a write is under way", WAIT_S)  # type: ignore[misc]
+        until_s = time.monotonic() + WAIT_S
+        while pair.theirs[0] != pair.ours[0]:  # without a pause: much of it is still to come
+            assert time.monotonic() < until_s
         assert pair.end(), "the card has destroyed its queue pairs"
         pair.theirs[:] = bytes(SIZE)
-        with pytest.raises(PoolError):
-            wait_until(moving.ended, "the transfer failed", WAIT_S)
+        try:
+            wait_until(moving.ended, "the transfer ended", WAIT_S)
+        except PoolError:
+            cut += 1
         assert bytes(pair.theirs) == bytes(SIZE)
         assert pair.end(), "a second time, there is nothing to do"
+    assert cut, "every transfer had ended before"
 
 
 def test_memory_for_this_sides_own_transfers_is_closed_to_peers() -> None:
