@@ -57,7 +57,7 @@ def test_prefill_and_decode_engines_serve_in_order_whatever_comes_first() -> Non
 
 def test_requests_wait_for_the_first_engine_that_can_serve_and_not_for_ever() -> None:
     with cluster(no_engine_s=0.5) as c:
-        with pytest.raises(Overloaded, match="no engine has registered"):
+        with pytest.raises(Overloaded, match="no engine is registered"):
             c.ask(PROMPT, 3)
         c.engine("p", "prefill")
         late = c.ask(PROMPT, 3).wait()
@@ -176,8 +176,8 @@ def test_an_engine_that_is_being_registered_makes_no_router_healthy(monkeypatch:
     learn = ClusterEngine._learn  # noqa: SLF001 (looked at from within)
 
     def looked(router: ClusterEngine, card: EngineCard) -> None:
-        assert list(router.port.engines) == ["e1"] and router.healthy() == (False, "no engine has registered")
-        with pytest.raises(Overloaded, match="no engine has registered"):
+        assert list(router.port.engines) == ["e1"] and router.healthy() == (False, "no engine is registered")
+        with pytest.raises(Overloaded, match="no engine is registered"):
             c.ask(PROMPT, 3)
         learn(router, card)
         seen.append(router.healthy()[1])
@@ -343,7 +343,7 @@ def test_two_routers_by_mistake_serve_with_engines_of_their_own() -> None:
         try:
             with pytest.raises(OSError):
                 socket.create_server(c.address)  # the same address: refused by the system
-            assert other.healthy() == (False, "no engine has registered")
+            assert other.healthy() == (False, "no engine is registered")
             with pytest.raises(Overloaded):
                 c.ask(PROMPT, 3, router=other)
             c.engine("e2", address=other.port._sock.getsockname()[:2])  # noqa: SLF001 (the address it listens on)
