@@ -23,7 +23,7 @@ from penstock.engine.config import EngineConfig
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret
 from penstock.server.text import load_text_codec
 from penstock.testing.tiny_models import build_tiny
-from tests.asking import wait_until
+from tests.asking import WAIT_S, wait_until
 from tests.cluster.router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 PROMPT = [5, 6, 7, 8]
@@ -156,6 +156,24 @@ def test_a_silent_engine_is_fenced_within_its_lease_and_comes_back_with_a_new_ep
         assert c.agents["e1"].registered.wait(20.0)
         assert c.agents["e1"].epoch != first_epoch
         cable.close()
+
+
+def test_a_router_that_gets_no_processor_for_longer_than_a_lease_places_everything_again() -> None:
+    """No lease outlasts it, at either end: engines register again, and answers go on where they were."""
+    with cluster(lease_s=0.5) as c:
+        hosts = [c.engine(f"e{number}", host=CountingHost(hold_after=5)) for number in range(2)]
+        prompts = [[number, *PROMPT] for number in range(4)]
+        clients = [c.ask(prompt, 20) for prompt in prompts]
+        wait_until(lambda: all(len(client.tokens) == 5 for client in clients), "five tokens each")
+        stopped = threading.Event()
+        c.router._loop.call(lambda: stopped.wait(WAIT_S))  # noqa: SLF001 (its thread)
+        wait_until(lambda: all(agent.epoch is None for agent in c.agents.values()), "no engine has a lease")
+        stopped.set()
+        for host in hosts:
+            host.release()
+        for client, prompt in zip(clients, prompts, strict=True):
+            finished(client, prompt, 20)
+        assert c.counter("restarts") >= 4 and c.counter("engines_lost") >= 2
 
 
 def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> None:
