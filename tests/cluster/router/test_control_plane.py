@@ -166,7 +166,11 @@ def test_a_router_that_gets_no_processor_for_longer_than_a_lease_places_everythi
         clients = [c.ask(prompt, 20) for prompt in prompts]
         wait_until(lambda: all(len(client.tokens) == 5 for client in clients), "five tokens each")
         stopped = threading.Event()
-        c.router._loop.call(lambda: stopped.wait(WAIT_S))  # noqa: SLF001 (its thread)
+
+        def hold() -> None:
+            stopped.wait(WAIT_S)
+
+        c.router._loop.call(hold)  # noqa: SLF001 (its thread)
         wait_until(lambda: all(agent.epoch is None for agent in c.agents.values()), "no engine has a lease")
         stopped.set()
         for host in hosts:
