@@ -64,6 +64,7 @@ class Run:
     end_s: float
     busy_until_s: float  # end of the first agent; the load decreases from there
     restarts: int = 0
+    engines_lost: int = 0  # whose leases ended, or that left
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -201,7 +202,8 @@ def run_agents(
             driver.start(number, agent)
         driver.wait(begin_s + RUN_S_MAX)
         end_s = time.monotonic()
-        restarts = int(router.counters["restarts"])
+        restarts, engines_lost = int(router.counters["restarts"]), int(router.counters["engines_lost"])
         time.sleep(0.2)  # the last sample of the NICs
     bed.check()
-    return Run(driver.answered, loads, begin_s, end_s, min(driver.agent_ends_s), restarts, driver.failed)
+    first_end_s = min(driver.agent_ends_s)
+    return Run(driver.answered, loads, begin_s, end_s, first_end_s, restarts, engines_lost, driver.failed)

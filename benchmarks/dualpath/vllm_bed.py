@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,23 +73,29 @@ class VllmBed(Testbed):
         address = f"127.0.0.1:{POOL_PORT}"
         secret, asked_for = str(self.secret_file), list(prompts)
         asked = Asked(str(self.model), address, secret, self._flags, asked_for, answer_tokens, BLOCK_TOKENS)
-        with self.pool_host.entered():
+        with (
+            self.pool_host.entered(),
+            subprocess.Popen(
+                python_command(vllm_reference.__file__),  # a checkout's folder is not on the module path
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                env=child_environment() | ENVIRONMENT,
+            ) as process,
+        ):
             try:
-                done = subprocess.run(
-                    python_command(vllm_reference.__file__),  # a checkout's folder is not on the module path
-                    input=msgspec.json.encode(asked),
-                    capture_output=True,
-                    timeout=REFERENCE_S_MAX,
-                    check=False,
-                    env=child_environment() | ENVIRONMENT,
-                )
+                output, errors = process.communicate(msgspec.json.encode(asked), REFERENCE_S_MAX)
             except subprocess.TimeoutExpired:
                 raise ProcessFailed(f"one vLLM did not answer within {REFERENCE_S_MAX:g} s") from None
-        if done.returncode:
-            raise ProcessFailed(f"one vLLM ended with status {done.returncode}:\n{done.stderr.decode()[-4000:]}")
-        lines = [line for line in done.stdout.decode().splitlines() if line.startswith(ANSWERS)]
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # processes of vLLM outlive the one that started them
+        if process.returncode:
+            raise ProcessFailed(f"one vLLM ended with status {process.returncode}:\n{errors.decode()[-4000:]}")
+        lines = [line for line in output.decode().splitlines() if line.startswith(ANSWERS)]
         if not lines:
-            raise ProcessFailed(f"one vLLM ended without answers:\n{done.stderr.decode()[-4000:]}")
+            raise ProcessFailed(f"one vLLM ended without answers:\n{errors.decode()[-4000:]}")
         found: list[list[int]] = json.loads(lines[-1].removeprefix(ANSWERS))
         return found
 

@@ -138,7 +138,9 @@ def _add_figures(report: Report, shape: str, runs: dict[str, list[Run]]) -> None
     report.figure(f"{shape}_split_nics_max_over_mean", max(received) * len(received) / sum(received), BALANCE_GOAL)
     waits = [_hand_off_wait_s(run) for run in runs["split"]]
     report.figure(f"{shape}_split_hand_off_wait_ms", 1e3 * min(waits), WAIT_MS_GOAL)
-    report.figure(f"{shape}_restarts", sum(run.restarts for found in runs.values() for run in found), 0.0)
+    every = [run for found in runs.values() for run in found]
+    report.figure(f"{shape}_restarts", sum(run.restarts for run in every), 0.0)
+    report.figure(f"{shape}_engines_lost", sum(run.engines_lost for run in every), 0.0)
 
 
 def _add_parts(report: Report, shape: str, runs: dict[str, list[Run]], hosts: VllmHosts) -> None:

@@ -25,6 +25,9 @@ CHANGE_EVERY_S = 10.0
 WHOLE = 0.95  # at this part of what it was given a member has recovered in full
 FLOOR = 0.02  # of the given bandwidth: without a share a member would never be measured again
 
+AGAIN_S = 10.0  # between two measurements of a link, doubling
+AGAIN_MAX = 6  # further measurements, within 11 minutes
+
 LOAD_S = 2.0  # a link's load is a decaying mean over about so long
 FORGET_S = 30.0  # a speed measured longer ago is not used any more
 
@@ -114,7 +117,7 @@ class MemberBandwidth(SeenBandwidth):
     BANDWIDTH-1  A change needs `BUSY_MIN_S` of busy time, and `CHANGE_EVERY_S`, since the last one.
     BANDWIDTH-2  A share falls when the estimate is below `DEGRADED` of it, and rises when above `RECOVERED` of it;
                  between them it stays, so that noise moves no blocks.
-    BANDWIDTH-3  A share is never above what was given at start, and never below `FLOOR` of that.
+    BANDWIDTH-3  A share is never above what the member is given, and never below `FLOOR` of that.
     Verification: tests/core/test_member_bandwidth.py.
     """
 
@@ -127,6 +130,14 @@ class MemberBandwidth(SeenBandwidth):
         self.share_bytes_per_s = given_bytes_per_s  # what its share is computed from
         self._fresh_busy_s = 0.0
         self._changed_s: float | None = None
+
+    def give(self, bytes_per_s: float) -> float:
+        """It has turned out that it can be read so much faster; returns the bandwidth to compute its share from. A
+        share that fell stays, until reads show that the member has recovered."""
+        if self.share_bytes_per_s == self.given_bytes_per_s:
+            self.share_bytes_per_s = bytes_per_s
+        self.given_bytes_per_s = bytes_per_s
+        return self.share_bytes_per_s
 
     def observe(self, moved_bytes: int, busy_s: float) -> float:
         """As `SeenBandwidth.observe`."""
@@ -151,6 +162,45 @@ class MemberBandwidth(SeenBandwidth):
         self._changed_s = now_s
         self._fresh_busy_s = 0.0
         return wanted
+
+
+class MeasuredLink:
+    """What a link moves, as far as measurements have shown.
+
+    A measurement while a host is busy is too low, by orders of magnitude at times, and none is too high. So the fastest
+    one counts, and while the link seems to be what limits a member, it is measured AGAIN_MAX times more, with growing
+    pauses. What is not above RECOVERED of it is noise, and moves no blocks."""
+
+    def __init__(self, members_bytes_per_s: float) -> None:
+        """What the members behind the link can be read at; 0: not known."""
+        self.bytes_per_s = 0.0
+        self._members_bytes_per_s = members_bytes_per_s
+        self._measured = 0
+        self._again_s = 0.0
+
+    @property
+    def weight(self) -> float:
+        """Bytes per second over the link and from the members."""
+        return min(self.bytes_per_s, self._members_bytes_per_s or self.bytes_per_s)
+
+    def due(self, now_s: float) -> bool:
+        """Whether it is to be measured again, if it is idle."""
+        limits = not self._members_bytes_per_s or self.bytes_per_s < self._members_bytes_per_s
+        return limits and self._measured <= AGAIN_MAX and now_s >= self._again_s
+
+    def measured(self, bytes_per_s: float, now_s: float) -> bool:
+        """A measurement has ended, or failed (0); whether the weight is another one now."""
+        self._again_s = now_s + AGAIN_S * 2**self._measured
+        self._measured += 1
+        return self.seen(bytes_per_s)
+
+    def seen(self, bytes_per_s: float) -> bool:
+        """It was seen to move so much; whether the weight is another one now."""
+        if bytes_per_s <= RECOVERED * self.bytes_per_s:
+            return False
+        before = self.weight
+        self.bytes_per_s = bytes_per_s
+        return self.weight != before
 
 
 class LinkSpeed:

@@ -48,6 +48,16 @@ def test_a_degraded_member_gives_up_share_and_gets_it_back() -> None:
     assert rising[-1] == load.bandwidth.share_bytes_per_s == 1e9 and len(rising) <= 4
 
 
+def test_what_it_is_given_later_is_its_share_unless_that_fell() -> None:
+    load = Load(1e8)
+    assert load.bandwidth.give(1e9) == load.bandwidth.share_bytes_per_s == 1e9
+    assert load.run(1e9, 60) == []
+    load.run(0.4e9, 60)
+    fallen = load.bandwidth.share_bytes_per_s
+    assert fallen < 0.5e9 and load.bandwidth.give(2e9) == fallen
+    assert load.run(2e9, 60)[-1] == 2e9
+
+
 def test_changes_come_no_faster_than_the_limit() -> None:
     load = Load(1e9)
     at: list[float] = []

@@ -16,7 +16,8 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Pool, PoolError
 
 ROOT = b"r" * 16
-WAIT_S = 15.0
+STORE_S = 60.0  # a commit of a process of low priority can wait 10 s for each of its syncs behind the I/O of others
+WAIT_S = 75.0
 
 
 def key_of(name: object) -> BlockKey:
@@ -73,7 +74,7 @@ def write(
     key: BlockKey,
     parent: BlockKey = ROOT,
     size_bytes: int = 4096,
-    timeout_s: float = 10.0,
+    timeout_s: float = STORE_S,
     position: int | None = None,
     tenant: str = "",
     rebuild_s: float = 0.0,
@@ -84,7 +85,7 @@ def write(
     return outcome.reason()
 
 
-def read(pool: Pool, key: BlockKey, size_bytes: int = 4096, timeout_s: float = 10.0) -> str:
+def read(pool: Pool, key: BlockKey, size_bytes: int = 4096, timeout_s: float = STORE_S) -> str:
     """ "ok" only when the right bytes came."""
     outcome, into = Outcome(), aligned_buffer(staging_bytes(size_bytes))
     pool.read(key, size_bytes, into, timeout_s, outcome)

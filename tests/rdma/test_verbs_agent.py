@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +13,11 @@ import pytest
 from penstock.core.config import ConfigError
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
-from penstock.pool.net import one_sided_writes, verbs_agent
+from penstock.pool.net import one_sided_writes, verbs_agent, wire
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.one_sided_agent import Access, Operation
 from penstock.pool.net.open_agent import open_agent
+from penstock.pool.net.pool_grants import QUARANTINE_S
 from penstock.pool.net.pool_lending import PoolLending
 from penstock.pool.net.remote import RemotePool
 from penstock.pool.net.verbs_agent import VerbsAgent
@@ -94,6 +97,29 @@ def test_a_connection_that_the_node_ends_is_given_up(monkeypatch: pytest.MonkeyP
     pair = Pair("read")
     pair.end()
     assert "no request ended" in (why := pair.refused("READ", MIB)) or "retry" in why, why
+
+
+def test_once_the_node_has_ended_a_connection_nothing_that_was_under_way_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verbs_agent, "STALL_S", 1.0)
+    cut = 0
+    for _ in range(3):
+        pair = Pair("write")
+        spans = [(address_of(pair.ours), address_of(pair.theirs), SIZE)] * 64
+        moving = pair.client.begin("WRITE", pair.peer, spans)
+        until_s = time.monotonic() + WAIT_S
+        while pair.theirs[0] != pair.ours[0]:  # without a pause: much of it is still to come
+            assert time.monotonic() < until_s
+        assert pair.end(), "the card has destroyed its queue pairs"
+        pair.theirs[:] = bytes(SIZE)
+        try:
+            wait_until(moving.ended, "the transfer ended", WAIT_S)
+        except PoolError:
+            cut += 1
+        assert bytes(pair.theirs) == bytes(SIZE)
+        assert pair.end(), "a second time, there is nothing to do"
+    assert cut, "every transfer had ended before"
 
 
 def test_memory_for_this_sides_own_transfers_is_closed_to_peers() -> None:
@@ -192,13 +218,31 @@ def test_a_connection_that_is_lost_is_attached_anew(rig: OneSidedRig) -> None:
     wait_until(lambda: one_sided(rig, client), "attached anew", WAIT_S)
 
 
+def test_space_of_a_client_that_is_gone_is_free_at_once(rig: OneSidedRig) -> None:
+    node, lending, _ = start(rig)
+    other = RemotePool(*node.address)
+    rig.undo.callback(other.close, 5.0)
+    attach(other, rig.arena.memory)
+    assert lending.grants is not None
+    before = lending.grants.free_bytes
+    message = wire.Grant(other._link.next_id(), 4, 4096, 30.0)  # noqa: SLF001 (a client that does not write)
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+    other._link.begin(message, 10.0, lambda reply, _: answers.put(reply))  # noqa: SLF001
+    granted = answers.get(timeout=WAIT_S)
+    assert isinstance(granted, wire.Granted) and granted.lease
+    assert lending.grants.free_bytes == before - 4 * 4096
+    other.close(5.0)
+    wait_until(lambda: lending.grants.free_bytes == before, "its space is free", QUARANTINE_S / 2)
+    lending.grants.check_integrity()
+
+
 def test_attaching_again_and_again_keeps_few_connections(rig: OneSidedRig) -> None:
     _, lending, client = start(rig)
     for _ in range(6):
         lending._describe()  # noqa: SLF001 (as when a member is added)
         wait_until(lambda: one_sided(rig, client), "attached anew", WAIT_S)
     ((_, connections),) = lending._attached.items()  # noqa: SLF001
-    assert len(connections) == 2
+    assert len(connections.ends) == 2
     other = RemotePool(*client._link.address)  # noqa: SLF001
     rig.undo.callback(other.close, 5.0)
     attach(other, rig.arena.memory)

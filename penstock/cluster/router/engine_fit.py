@@ -14,7 +14,7 @@ def can_serve(engines: Sequence[RegisteredEngine], sidecar: bool) -> tuple[bool,
     if "mixed" in roles or ({"decode"} if sidecar else {"prefill", "decode"}) <= roles:
         return True, "ok"
     if not roles:
-        return False, "no engine has registered"
+        return False, "no engine is registered"
     return False, f"only {roles.pop()} engines have registered; a request needs both, or a mixed one"
 
 

@@ -1,8 +1,9 @@
 """Space that clients may fill with one-sided writes: who may use which for how long, and when it is free again.
 
-A grant is open until its client commits it, returns it, or its time is over. A write that has begun cannot be stopped:
-the space of a grant that ended without a word of its client is used again only after a quarantine. No quarantine is
-long enough for every writer (a process can be stopped for hours); what such a writer damages, the checksums find.
+A grant is open until its client commits it, returns it, or its time is over. A write that has begun cannot be stopped
+by itself: the space of a grant that ended without a word of its client is used again only after a quarantine, or once
+its client can write nothing any more. No quarantine is long enough for every writer (a process can be stopped for
+hours); what such a writer damages, the checksums find.
 
 GRANT-1  Statement: The bytes of a client's grants, open or being stored, never exceed the limit for one client.
 GRANT-2  Statement: Each grant ends exactly once. Until then nobody else is granted its space.
@@ -12,7 +13,7 @@ Verification: `check_integrity`, tests/core/pool/test_grants.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,20 +84,25 @@ class GrantTable:
             ended.append(number)
         return ended
 
-    def leave(self, client: object, now_s: float) -> None:
-        """The client is gone: its open grants are in quarantine from now on."""
+    def leave(self, client: object, now_s: float, writes_ended: bool = False) -> list[int]:
+        """The client is gone: its open grants are in quarantine from now on. `writes_ended`: it can write nothing any
+        more, so none of its grants needs a quarantine. Returns those whose space is free now."""
         for grant in self._grants.values():
             if grant.client == client and grant.state == "open":
                 self._to_quarantine(grant, now_s)
+        if not writes_ended:
+            return []
+        return self._end_quarantine(lambda grant: grant.client == client)
 
     def run_out(self, now_s: float) -> list[int]:
         """End what has run out by now; returns the grants whose space is free."""
         for grant in self._grants.values():
             if grant.state == "open" and grant.until_s <= now_s:
                 self._to_quarantine(grant, grant.until_s)
-        ended = [
-            number for number, grant in self._grants.items() if grant.state == "quarantine" and grant.until_s <= now_s
-        ]
+        return self._end_quarantine(lambda grant: grant.until_s <= now_s)
+
+    def _end_quarantine(self, of: Callable[[_Grant], bool]) -> list[int]:
+        ended = [number for number, grant in self._grants.items() if grant.state == "quarantine" and of(grant)]
         for number in ended:
             del self._grants[number]
         return ended

@@ -265,6 +265,8 @@ class Journal:
             refused = self._table.change(batch.deletes, batch.inserts.values(), batch.uses.values())
             for key, why in refused:
                 self._refuse(batch, key, why)
+        elif self._failed:  # nothing is left of what failed: rows are accepted again once the table takes writes
+            self._table.try_to_write()
 
     def _refuse(self, batch: _Batch, key: BlockKey, why: str) -> None:
         """Lose one block of a batch, whose row the table refuses (JOURNAL-5)."""

@@ -43,6 +43,7 @@ from penstock.pool.members.table_file import own_table
 TABLE_FORMAT = 4
 LOCKED_WAIT_S = 1.0
 ROWS_AT_ONCE = 8192  # read together
+TRIED_BYTES = 16 << 10
 T = TypeVar("T", Stored, Use)
 
 _META = "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
@@ -265,6 +266,13 @@ class RowTable:
             self._db.executemany(_UPDATE, [(use, key) for key, _, use in parts(rows)])
             refused += why
         return refused
+
+    def try_to_write(self) -> None:
+        """Write to the file as much as a few rows take, and remove it. Raises sqlite3.Error where that is refused."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('room', zeroblob(?))", (TRIED_BYTES,))
+        with self._transaction():
+            self._db.execute("DELETE FROM meta WHERE name = 'room'")
 
     def close(self) -> None:
         """Close the file; an error of SQLite is ignored, as every commit is durable already."""

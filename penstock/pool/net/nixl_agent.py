@@ -79,9 +79,9 @@ class NixlAgent:
         """Nothing: whoever has the metadata is a peer."""
         return b""
 
-    def accept(self, request: bytes) -> tuple[bytes, Callable[[], None]]:
+    def accept(self, request: bytes) -> tuple[bytes, Callable[[], bool]]:
         """Nothing, and nothing ends it."""
-        return b"", lambda: None
+        return b"", lambda: False
 
     def add_peer(self, metadata: bytes, accepted: bytes = b"") -> Any:
         """Returns the peer's name."""

@@ -53,8 +53,9 @@ class OneSidedAgent(Protocol):
     def request(self) -> bytes:
         """At a client: what a node needs to `accept` it. Raises PoolError("network")."""
 
-    def accept(self, request: bytes) -> tuple[bytes, Callable[[], None]]:
-        """At a node: what this client alone needs, and what ends its transfers. Raises PoolError."""
+    def accept(self, request: bytes) -> tuple[bytes, Callable[[], bool]]:
+        """At a node: what this client alone needs, and what ends its transfers: it returns whether nothing that the
+        client reads or writes travels any more. Raises PoolError."""
 
     def add_peer(self, metadata: bytes, accepted: bytes = b"") -> Any:
         """At a client: the node that answered the latest `request` with these. Raises PoolError("network")."""

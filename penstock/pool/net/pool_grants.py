@@ -3,8 +3,9 @@
 The blocks of a committed span are verified by their checksums before they are stored. The space is memory of this
 module alone, from which they are copied: a client that writes at the wrong time can damage what others write at that
 moment, but no block that is stored or lent. What it damages between the check and the copy is found as all damage is,
-by the checksum, when the block is read. The space of a grant that ended without a word of its client is used again only
-after QUARANTINE_S, as a write that has begun cannot be stopped (`core.pool.grants`).
+by the checksum, when the block is read. The space of a grant that ended without a word of its client is used again
+after QUARANTINE_S, as a write that has begun goes on, or once the client's transfers have ended with its connection
+(`core.pool.grants`).
 """
 
 from __future__ import annotations
@@ -138,10 +139,10 @@ class PoolGrants:
         with self._lock:
             self._free(self._table.give_back(client, numbers))
 
-    def gone(self, client: object) -> None:
-        """A client's connection has ended."""
+    def gone(self, client: object, writes_ended: bool = False) -> None:
+        """A client's connection has ended. `writes_ended`: nothing that it writes arrives any more."""
         with self._lock:
-            self._table.leave(client, self._clock())
+            self._free(self._table.leave(client, self._clock(), writes_ended))
 
     @property
     def free_bytes(self) -> int:

@@ -15,7 +15,6 @@ ones write only what they were granted.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import logging
 import mmap
 import threading
@@ -94,6 +93,19 @@ class Borrower(Protocol):
         """Send this answer at once, on the thread that asks. Raises OSError."""
 
 
+class _Attachments:
+    """What ends the transfers of one client, for each time that it attached."""
+
+    def __init__(self) -> None:
+        self.ends: deque[Callable[[], bool]] = deque()
+        self._lasting = False  # transfers of an earlier attachment could not be ended
+
+    def end(self, ends: Sequence[Callable[[], bool]]) -> bool:
+        """Call these; whether the transfers of all that were called so far have ended. Not under a lock."""
+        self._lasting |= not all([end() for end in ends])
+        return not self._lasting
+
+
 class PoolLending:
     """The registered memory of a node, and the leases on it. Any thread may call."""
 
@@ -110,7 +122,7 @@ class PoolLending:
         self._epoch = time.time_ns() >> 10  # differs from that of an earlier start of this node
         self._looked_s = float("-inf")
         self._held: dict[int, Callable[[], None]] = {}  # lease -> what frees its memory
-        self._attached: dict[Borrower, deque[Callable[[], None]]] = {}  # what ends a client's transfers
+        self._attached: dict[Borrower, _Attachments] = {}
         self._wakes_s = float("inf")  # when the thread wakes that ends leases; mostly their blocks are returned before
         self._closed = False
         self.off: str | None = None
@@ -239,17 +251,16 @@ class PoolLending:
         if self.off is not None:
             raise PoolError("layout", self.off)
         accepted, end = self._agent.accept(request)
-        replaced = None
+        replaced: list[Callable[[], bool]] = []
         with self._lock:
-            of_client = self._attached.setdefault(client, deque())
-            of_client.append(end)
-            if len(of_client) > ATTACHED_MAX:
-                replaced = of_client.popleft()
+            of_client = self._attached.setdefault(client, _Attachments())
+            of_client.ends.append(end)
+            if len(of_client.ends) > ATTACHED_MAX:
+                replaced.append(of_client.ends.popleft())
             grant_bytes = self.grants.bytes_of_client_max if self.grants is not None else 0
             memory = NodeMemory(self._metadata, self._regions, self._epoch, grant_bytes, accepted)
             described = msgspec.msgpack.encode(memory)
-        if replaced is not None:
-            replaced()
+        of_client.end(replaced)
         if len(described) > wire.DESCRIPTION_BYTES_MAX:
             raise PoolError("full", f"the memory's description has {len(described)} bytes")
         return described
@@ -383,11 +394,10 @@ class PoolLending:
     def gone(self, client: Borrower) -> None:
         """A client's connection has ended: its leases and grants end."""
         with self._lock:
-            attached = self._attached.pop(client, ())
-        for end in attached:
-            end()
+            attached = self._attached.pop(client, None)
+        writes_ended = attached is not None and attached.end(attached.ends)
         if self.grants is not None:
-            self.grants.gone(client)
+            self.grants.gone(client, writes_ended)
         with self._lock:
             ended = [self._held.pop(lease) for lease in self._leases.leave(client)]
         for free in ended:
@@ -422,8 +432,8 @@ class PoolLending:
             ended, self._held = list(self._held.values()), {}
             attached, self._attached = list(self._attached.values()), {}
             self._changed.notify_all()
-        for end in itertools.chain.from_iterable(attached):
-            end()
+        for one in attached:
+            one.end(one.ends)
         for free in ended:
             free()
         if self.grants is not None:

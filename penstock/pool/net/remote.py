@@ -465,35 +465,30 @@ class _Measuring:
         self._changed = threading.Condition(self._lock)
         self._error: PoolError | None = None
         self._open = 0
-        self._ends: list[tuple[float, int]] = []
+        self._ended_s = 0.0  # when a probe ended last
         self._scratch = aligned_buffer(wire.PROBE_BYTES_MAX)  # all probes are received here; the content is not used
 
     def run(self) -> float:
         begin_s = time.monotonic()
         self._probe(_PROBE_FIRST_BYTES)
         self._wait(lambda: self._open == 0)
-        first_s = max(self._ends[0][0] - begin_s, 1e-6)
-        until_s = begin_s + self._budget_s
+        first_s = max(self._ended_s - begin_s, 1e-6)
         pieces = _PROBE_FIRST_BYTES / first_s * self._budget_s / 16
         size_bytes = int(min(wire.PROBE_BYTES_MAX, max(pieces, _PROBE_FIRST_BYTES)))
-        sent_bytes = 0
-        while time.monotonic() < until_s and sent_bytes < MEASURE_BYTES_MAX:
+        sent_bytes, from_s = 0, time.monotonic()  # nothing is on the wire now
+        while time.monotonic() < from_s + self._budget_s and sent_bytes < MEASURE_BYTES_MAX:
             self._probe(size_bytes)
             sent_bytes += size_bytes
             self._wait(lambda: self._open < _PROBES_OPEN)
         self._wait(lambda: self._open == 0)
-        if len(self._ends) < 3:  # the first one took the whole budget
-            return _PROBE_FIRST_BYTES / first_s
-        # Between the ends of two probes, so that bytes on the wire before do not count.
-        (from_s, _), *rest = self._ends[1:]
-        return sum(size for _, size in rest) / max(rest[-1][0] - from_s, 1e-6)
+        return sent_bytes / max(self._ended_s - from_s, 1e-6)
 
     def _probe(self, size_bytes: int) -> None:
         def ended(_: Any, error: PoolError | None) -> None:
             with self._lock:
                 self._open -= 1
                 self._error = self._error or error
-                self._ends.append((time.monotonic(), size_bytes))
+                self._ended_s = time.monotonic()
                 self._changed.notify()
 
         with self._lock:

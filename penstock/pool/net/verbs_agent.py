@@ -131,8 +131,9 @@ class VerbsAgent:
                 raise PoolError("network", f"no queue pair could be created: {said(error)}") from None
             return encode([queue.end for queue in self._offered])
 
-    def accept(self, request: bytes) -> tuple[bytes, Callable[[], None]]:
-        """Connect a client's queue pairs to new ones, which only answer."""
+    def accept(self, request: bytes) -> tuple[bytes, Callable[[], bool]]:
+        """Connect a client's queue pairs to new ones, which only answer. Once these are destroyed, the card drops what
+        still comes from the client."""
         flags = self._verbs.AccessFlags
         made: list[_QueuePair] = []
         with self._lock:
@@ -375,15 +376,15 @@ class _QueuePair:
             self.posted += len(some)
             self._pair.post_send(some)
 
-    def close(self) -> None:
-        """Destroy it: the card then takes no part in its requests any more."""
+    def close(self) -> bool:
+        """Destroy it: the card then takes no part in its requests any more. False where the card refuses."""
         self.waiting.clear()
-        release(self._pair)
+        return release(self._pair)
 
 
-def _close(queues: Iterable[_QueuePair]) -> None:
-    for queue in queues:
-        queue.close()
+def _close(queues: Iterable[_QueuePair]) -> bool:
+    """Destroy them; whether all are."""
+    return all([queue.close() for queue in queues])
 
 
 def _context(verbs: Any, name: str) -> Any:

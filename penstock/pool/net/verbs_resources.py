@@ -21,14 +21,15 @@ def keep(resource: Any) -> Any:
     return resource
 
 
-def release(resource: Any) -> None:
-    """Close a resource; a failure is logged, and it stays. Once closed, nothing is done."""
+def release(resource: Any) -> bool:
+    """Close a resource; a failure is logged, and it stays: False. Once closed, nothing is done."""
     try:
         resource.close()
     except OSError as error:
         log.warning("verbs: %r could not be closed: %s", resource, error)
-    else:
-        _kept.pop(resource, None)
+        return False
+    _kept.pop(resource, None)
+    return True
 
 
 @atexit.register

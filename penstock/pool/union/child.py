@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from penstock.core.bandwidth import BusyMeter, MemberBandwidth
+from penstock.core.bandwidth import BusyMeter, MeasuredLink, MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.pool.api import Located, Pool, PoolError, PoolStat, ReadCheck
@@ -95,6 +95,8 @@ class Child:
         self.meter = BusyMeter(busy_from=2, failed_time=True)
         self.bandwidth: MemberBandwidth | None = None  # None until the weight is known, and when it was configured
         self.weighed = False  # its weight was configured, or measured
+        self.link: MeasuredLink | None = None  # of a node whose weight was measured
+        self.read_before = 0  # bytes read from a node when it was last looked at
         self.given = False
         self.configured: float | None = None  # its weight as it was configured
         self.room_bytes: int | None = None  # None: not known

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from penstock.core.bandwidth import MemberBandwidth
+from penstock.core.bandwidth import MeasuredLink, MemberBandwidth
 from penstock.core.keys import BlockKey
 from penstock.core.pool.striping import Placement
 from penstock.pool.api import Located, PoolError, PoolStat
@@ -24,6 +24,7 @@ A = TypeVar("A")
 
 SHARES_BELOW = 1e6  # weights below this are shares, not bytes per second
 MEASURE_S = 0.3  # duration of the measurement of a node's link, when it is first reached
+MEASURE_AGAIN_S = 0.05  # and later: all of them take about as long as the first
 LOOK_EVERY_S = 1.0  # interval of updates of each child's free space, state and bandwidth
 STAT_TIMEOUT_S = 2.0  # also the time until a node that hangs is noticed
 
@@ -254,7 +255,7 @@ class Children:
     def _weighed_child(self, child: Child, weight: float | None) -> Child:
         """Record the configured weight of a child, if any."""
         child.given = child.weighed = weight is not None
-        child.configured = weight
+        child.configured, child.link = weight, None
         if self._follow and child.node is not None and weight and weight >= SHARES_BELOW:
             child.bandwidth = MemberBandwidth(weight)
         return child
@@ -301,12 +302,13 @@ class Children:
                 self.set_weight(named_by, whole)
 
     def _update(self) -> None:
-        """Add processes of nodes, weight nodes that are reached for the first time, and update each child's free space
-        and each node's bandwidth."""
+        """Add processes of nodes, weight nodes that are reached for the first time, or whose measured weight may be too
+        low, and update each child's free space and each node's bandwidth."""
         self._add_processes()
         for at, child in enumerate(self.all):
             if child.node is not None and not child.weighed and child.up:
-                self._weigh(at, child, child.node)
+                self._weigh(at, child, child.node, MEASURE_S)
+        self._weigh_again()
         self.take_copies = any(child.takes_copies for child in self.all)
         answers = self.ask_all(lambda node: node.begin_stat(STAT_TIMEOUT_S), lambda local: local.stat(STAT_TIMEOUT_S))
         now_s, local_weight = time.monotonic(), self.local.read_bytes_per_s if self.local is not None else 0.0
@@ -319,24 +321,56 @@ class Children:
                 if child.bandwidth is None or child.left:
                     continue
                 child.bandwidth.observe(*child.meter.observed(now_s))
+                observed = child.bandwidth.observed_bytes_per_s
+                if child.link is not None and observed is not None and child.link.seen(observed):
+                    self._set_measured(at, child, child.link)
+                    continue
                 changed = child.bandwidth.change(now_s)
                 if changed is not None:
                     log.warning("pool node %s is read at %.2f GB/s; its share is adjusted", child.name, changed / 1e9)
                     self._placement.set_weight(at, changed)
         self._refresh()
 
-    def _weigh(self, at: int, child: Child, node: NodePool) -> None:
+    def _weigh(self, at: int, child: Child, node: NodePool, budget_s: float) -> None:
+        """Measure the link to a node, from which its weight follows."""
         try:
-            link = node.measure_bytes_per_s(MEASURE_S)
+            moved = node.measure_bytes_per_s(budget_s)
         except PoolError as error:
             log.info("the link to pool node %s could not be measured: %s", child.name, error)
+            if child.link is not None:
+                child.link.measured(0.0, time.monotonic())
             return
-        log.info("the link to pool node %s moves %.2f GB/s", child.name, link / 1e9)
         members = node.read_bytes_per_s
-        weight = min(link, members) if members >= SHARES_BELOW else link
         with self.lock:
-            child.weighed, child.bandwidth = True, MemberBandwidth(weight) if self._follow else None
-            self._placement.set_weight(at, weight)
+            link = child.link or MeasuredLink(members if members >= SHARES_BELOW else 0.0)
+            child.link, child.weighed = link, True
+            if not link.measured(moved, time.monotonic()):
+                return
+            self._set_measured(at, child, link)
+        log.info("the link to pool node %s moves %.2f GB/s", child.name, moved / 1e9)
+
+    def _set_measured(self, at: int, child: Child, link: MeasuredLink) -> None:
+        """A link moves more than it was known to; the lock is held."""
+        weight = link.weight
+        if child.bandwidth is not None:
+            weight = child.bandwidth.give(weight)
+        elif self._follow:
+            child.bandwidth = MemberBandwidth(weight)
+        self._placement.set_weight(at, weight)
+
+    def _weigh_again(self) -> None:
+        """Measure one link again, that of a node from which nothing is being read; none where shares do not follow
+        from them."""
+        now_s = time.monotonic()
+        if self.slots:
+            return
+        for at, child in enumerate(self.all):
+            moved, _ = child.meter.observed(now_s)
+            idle = moved == child.read_before and not child.meter.in_flight
+            child.read_before = moved
+            if child.node is not None and child.link is not None and child.up and idle and child.link.due(now_s):
+                self._weigh(at, child, child.node, MEASURE_AGAIN_S)
+                return
 
 
 def _check_different(node: NodePool, others: Iterable[NodePool]) -> None:

@@ -23,7 +23,7 @@ from penstock.engine.config import EngineConfig
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret
 from penstock.server.text import load_text_codec
 from penstock.testing.tiny_models import build_tiny
-from tests.asking import wait_until
+from tests.asking import WAIT_S, wait_until
 from tests.cluster.router_rig import SECRET, Client, Cluster, CountingHost, Wire, cluster, expected
 
 PROMPT = [5, 6, 7, 8]
@@ -57,7 +57,7 @@ def test_prefill_and_decode_engines_serve_in_order_whatever_comes_first() -> Non
 
 def test_requests_wait_for_the_first_engine_that_can_serve_and_not_for_ever() -> None:
     with cluster(no_engine_s=0.5) as c:
-        with pytest.raises(Overloaded, match="no engine has registered"):
+        with pytest.raises(Overloaded, match="no engine is registered"):
             c.ask(PROMPT, 3)
         c.engine("p", "prefill")
         late = c.ask(PROMPT, 3).wait()
@@ -158,6 +158,28 @@ def test_a_silent_engine_is_fenced_within_its_lease_and_comes_back_with_a_new_ep
         cable.close()
 
 
+def test_a_router_that_gets_no_processor_for_longer_than_a_lease_places_everything_again() -> None:
+    """No lease outlasts it, at either end: engines register again, and answers go on where they were."""
+    with cluster(lease_s=0.5) as c:
+        hosts = [c.engine(f"e{number}", host=CountingHost(hold_after=5)) for number in range(2)]
+        prompts = [[number, *PROMPT] for number in range(4)]
+        clients = [c.ask(prompt, 20) for prompt in prompts]
+        wait_until(lambda: all(len(client.tokens) == 5 for client in clients), "five tokens each")
+        stopped = threading.Event()
+
+        def hold() -> None:
+            stopped.wait(WAIT_S)
+
+        c.router._loop.call(hold)  # noqa: SLF001 (its thread)
+        wait_until(lambda: all(agent.epoch is None for agent in c.agents.values()), "no engine has a lease")
+        stopped.set()
+        for host in hosts:
+            host.release()
+        for client, prompt in zip(clients, prompts, strict=True):
+            finished(client, prompt, 20)
+        assert c.counter("restarts") >= 4 and c.counter("engines_lost") >= 2
+
+
 def test_an_engine_whose_connection_is_reset_registers_again_and_serves() -> None:
     with cluster() as c:
         c.engine("e1", host=CountingHost(hold_after=3))
@@ -176,8 +198,8 @@ def test_an_engine_that_is_being_registered_makes_no_router_healthy(monkeypatch:
     learn = ClusterEngine._learn  # noqa: SLF001 (looked at from within)
 
     def looked(router: ClusterEngine, card: EngineCard) -> None:
-        assert list(router.port.engines) == ["e1"] and router.healthy() == (False, "no engine has registered")
-        with pytest.raises(Overloaded, match="no engine has registered"):
+        assert list(router.port.engines) == ["e1"] and router.healthy() == (False, "no engine is registered")
+        with pytest.raises(Overloaded, match="no engine is registered"):
             c.ask(PROMPT, 3)
         learn(router, card)
         seen.append(router.healthy()[1])
@@ -343,7 +365,7 @@ def test_two_routers_by_mistake_serve_with_engines_of_their_own() -> None:
         try:
             with pytest.raises(OSError):
                 socket.create_server(c.address)  # the same address: refused by the system
-            assert other.healthy() == (False, "no engine has registered")
+            assert other.healthy() == (False, "no engine is registered")
             with pytest.raises(Overloaded):
                 c.ask(PROMPT, 3, router=other)
             c.engine("e2", address=other.port._sock.getsockname()[:2])  # noqa: SLF001 (the address it listens on)

@@ -57,6 +57,19 @@ def test_space_is_free_after_the_quarantine_or_when_its_client_says_so(how: str)
     assert len(grants) == 0
 
 
+def test_a_client_that_can_write_nothing_any_more_needs_no_quarantine() -> None:
+    grants = table()
+    over, open_, stored = [grants.grant("a", 10, until_s) for until_s in (1.0, 9.0, 9.0)]
+    others = grants.grant("b", 10, 1.0)
+    assert grants.commit("a", stored, 0.0)
+    assert grants.run_out(2.0) == [] and grants.count("quarantine") == 2
+    assert grants.leave("a", 2.0, writes_ended=True) == [over, open_]
+    assert grants.leave("b", 2.0) == [] and grants.count("quarantine") == 1, "that of another one"
+    grants.stored(stored)
+    assert grants.give_back("b", [others]) == [others] and len(grants) == 0
+    grants.check_integrity()
+
+
 def test_random_histories_against_a_model() -> None:
     for seed in range(300):
         generator, now_s = random.Random(seed), 0.0
@@ -73,7 +86,7 @@ def test_random_histories_against_a_model() -> None:
             for number in due:
                 del model[number]
             number = generator.choice([*model, 0])
-            match generator.choice(["grant", "grant", "commit", "stored", "give back", "leave"]):
+            match generator.choice(["grant", "grant", "commit", "stored", "give back", "leave", "ends"]):
                 case "grant":
                     size, until_s = generator.randint(1, 60), now_s + generator.choice([1.0, 4.0])
                     held = sum(one[1] for one in model.values() if one[0] == client and one[3] != "quarantine")
@@ -93,8 +106,13 @@ def test_random_histories_against_a_model() -> None:
                     assert grants.give_back(client, [number]) == ([number] if back else [])
                     if back:
                         del model[number]
+                case "ends":
+                    over = [one for one, (whose, *_, state) in model.items() if whose == client and state != "storing"]
+                    assert grants.leave(client, now_s, writes_ended=True) == over
+                    for one in over:
+                        del model[one]
                 case "leave":
-                    grants.leave(client, now_s)
+                    assert grants.leave(client, now_s) == []
                     for one, (whose, size, _, state) in list(model.items()):
                         if whose == client and state == "open":
                             model[one] = whose, size, now_s + QUARANTINE_S, "quarantine"

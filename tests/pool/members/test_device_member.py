@@ -22,9 +22,10 @@ from penstock.io.open import open_engine
 from penstock.pool.api import PoolError
 from penstock.pool.block import Block
 from penstock.pool.local.local_pool import LocalPool
-from penstock.pool.members import device, probe
+from penstock.pool.members import device, journal, probe
 from penstock.pool.members.device import DeviceMember, open_device_member, open_slab_member
 from penstock.pool.members.header import HEADER_BYTES, SlabRefused
+from penstock.pool.members.journal import Journal
 from penstock.pool.members.work import Work
 from penstock.pool.setup.open import open_local_pool
 from tests.pool.faulty_engine import FaultyEngine
@@ -424,7 +425,12 @@ def test_the_slab_of_another_user_is_refused_in_one_line(folder_for_others: Path
     assert "kv.slab.db cannot be opened" in refusal()
 
 
-def test_a_table_on_a_full_disk_refuses_stores_until_there_is_room(tmp_path: Path) -> None:
+def test_a_table_on_a_full_disk_refuses_stores_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit, commits = Journal._commit, list[object]()  # noqa: SLF001 (how often it tries)
+    monkeypatch.setattr(Journal, "_commit", lambda self, batch: (commits.append(batch), commit(self, batch))[1])
+    monkeypatch.setattr(journal, "RETRY_S", 0.01)
     small = tmp_path / "small"
     small.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True)
@@ -438,6 +444,10 @@ def test_a_table_on_a_full_disk_refuses_stores_until_there_is_room(tmp_path: Pat
                 pass
         names = iter(range(100_000))
         until(lambda: write(pool, key_of(("b", next(names)))) == "device")
+        tried = len(commits)
+        until(lambda: len(commits) > tried + 5)
+        assert write(pool, key_of(("b", next(names)))) == "device" and pool.stat(1.0).members[0].used_bytes
+        assert caplog.text.count("nothing is stored there meanwhile") == 1, "it was full all the time"
         assert read(pool, key_of("a")) == "ok"
         (small / "ballast").unlink()
         until(lambda: write(pool, key_of(("c", next(names)))) == "ok")

@@ -300,6 +300,38 @@ def test_a_client_that_ends_between_write_and_commit_stores_nothing_and_its_spac
     grants_of(node).check_integrity()
 
 
+class Ending(NixlAgent):
+    """A node's agent that says of each attachment, in order, whether it could end its transfers."""
+
+    def __init__(self, *ends: bool) -> None:
+        super().__init__()
+        self._ends = list(ends)
+
+    def accept(self, request: bytes) -> tuple[bytes, Callable[[], bool]]:
+        end = self._ends.pop(0)
+        return b"", lambda: end
+
+
+@pytest.mark.parametrize(
+    ("ends", "state"),
+    [((True,), "free"), ((False,), "quarantine"), ((True, False), "quarantine"), ((False, True, True), "quarantine")],
+)
+def test_space_of_a_client_that_is_gone_is_free_once_all_its_transfers_have_ended(
+    rig: OneSidedRig, tmp_path: Path, by_hand: Callable[[PoolNode], Writer], ends: Sequence[bool], state: str
+) -> None:
+    node = rig.node(pool_of(rig, tmp_path), agent=Ending(*ends))
+    client = by_hand(node)
+    for _ in ends[1:]:
+        client.hand.send(wire.Attach(1, b"", "nixl", b"", 5.0))
+        assert isinstance(client.hand.reply(), wire.Attached)
+    assert client.grant().lease
+    client.hand.sock.close()
+    table = grants_of(node)._table  # noqa: SLF001 (what its space goes by)
+    until(lambda: not table.count("open"))
+    assert table.count("quarantine") == (state == "quarantine")
+    assert (grants_of(node).free_bytes == 8 * MIB) == (state == "free")
+
+
 def test_a_late_write_into_space_that_another_was_granted_damages_no_block(
     rig: OneSidedRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_hand: Callable[[PoolNode], Writer]
 ) -> None:

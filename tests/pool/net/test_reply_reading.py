@@ -182,7 +182,7 @@ def test_a_signal_that_interrupts_the_reader_ends_the_connection_and_not_the_lin
 
 
 def test_a_lookup_costs_its_node_few_calls(rig: NodeRig) -> None:
-    """Of the one thread that reads the request and answers it: nobody else has a part in it."""
+    """Of the one thread that reads the request and answers it: nobody else has a part in it, but to fall asleep."""
     lookups = 20
     counts: Counter[str] = Counter()
 
@@ -205,8 +205,8 @@ def test_a_lookup_costs_its_node_few_calls(rig: NodeRig) -> None:
             client.lookup(keys, WAIT_S)
     finally:
         threading.setprofile(None)
-    of_node = {name: count for name, count in counts.items() if name.startswith("penstock-node-127")}
-    assert len(of_node) == 1 and 0 < sum(of_node.values()) < 235 * lookups, "264 before"
+    of_node = [count for name, count in counts.items() if name.startswith("penstock-node-127")]
+    assert sum(count > 2 * lookups for count in of_node) == 1 and sum(of_node) < 235 * lookups, "264 before"
 
 
 def test_a_large_block_costs_both_sides_few_calls(rig: NodeRig) -> None:

@@ -77,6 +77,7 @@ class Placer:
         self._serial = 0  # of fronts and engines
         self._gathering = FrontGathering(self._fronts, lambda kind: self.record_of(kind))
         self._open = 0
+        self._ending = False  # the fronts were told to end
         self._failing = ""
         self._attaching: set[asyncio.Future[None]] = set()
         self._loop = RouterLoop(self.counters, (self._tick,), self._end_all, failed=lambda: self.on_failed())
@@ -111,6 +112,10 @@ class Placer:
             task.add_done_callback(self._attaching.discard)
 
         self._loop.call(attach)
+
+    def fronts_may_end(self) -> None:
+        """From now on a front that ends without open requests does so in order, and is not lost."""
+        self._ending = True
 
     def ask(self, question: Callable[[], T]) -> T:
         """The answer of the placer's thread. Raises TimeoutError."""
@@ -159,7 +164,9 @@ class Placer:
             del self._by_slot[front.slot]
         front.links.close()
         front.channel.cut()
-        if not self._loop.refusal:
+        if self._ending and not front.open:
+            log.info("front %d has ended", front.slot)
+        elif not self._loop.refusal:
             self.counters["fronts_lost"] += 1
             rare.warning("front", "front %d ended with %d open requests: %s", front.slot, len(front.open), why)
         for serial in list(front.open):

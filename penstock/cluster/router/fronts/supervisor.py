@@ -146,6 +146,7 @@ class FrontSupervisor:
     def stop(self, timeout_s: float) -> None:
         """End all fronts in order: they let their requests end within `timeout_s`; then those that are left at once."""
         self._stopping = True
+        self.placer.fronts_may_end()
         for process in self._processes:
             process.terminate()
         end_s = time.monotonic() + timeout_s

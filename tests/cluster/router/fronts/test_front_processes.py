@@ -11,6 +11,7 @@ import re
 import secrets
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ class Router:
     process: subprocess.Popen[str]
     host: CountingHost
     agent: EngineRegistration
+    log: Path
 
     def fronts(self) -> list[int]:
         """Its front processes."""
@@ -84,9 +86,12 @@ def router(folder: Path, *flags: str, hold_after: int | None = None) -> Iterator
     ):
         file.write(secrets.token_hex(32))
     command = ("router", "--port", "0", "--cluster-listen", "127.0.0.1:0", "--secret-file", str(secret), *flags)
-    process = subprocess.Popen(
-        python_command("-m", "penstock", *command), stdout=subprocess.PIPE, text=True, env=child_environment()
-    )
+    log = folder / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            python_command("-m", "penstock", *command),
+            stdout=subprocess.PIPE, stderr=stderr, text=True, env=child_environment(),
+        )  # fmt: skip
     host, agent = CountingHost(hold_after), None
     try:
         assert process.stdout is not None
@@ -99,12 +104,12 @@ def router(folder: Path, *flags: str, hold_after: int | None = None) -> Iterator
         settings = RegistrationSettings(parse_address(found[2]), Secret.read(secret))
         agent = EngineRegistration(host, card, settings)
         assert agent.registered.wait(WAIT_S)
-        yield Router(found[1], process, host, agent)
+        yield Router(found[1], process, host, agent, log)
     finally:
         if agent is not None:
             agent.close(5.0)
         host.close()
-        for pid in Router("", process, host, agent).fronts() if agent is not None else []:
+        for pid in Router("", process, host, agent, log).fronts() if agent is not None else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         process.terminate()
@@ -113,6 +118,7 @@ def router(folder: Path, *flags: str, hold_after: int | None = None) -> Iterator
         finally:
             process.kill()
             process.communicate()
+            print(log.read_text(), file=sys.stderr)  # pytest shows it where the test fails
 
 
 def body(prompt: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
@@ -136,6 +142,11 @@ def streamed(url: str, prompt: Sequence[int], count: int, begun: threading.Semap
                     begun.release()
                 tokens += json.loads(line[6:])["choices"][0]["token_ids"]
     return tokens
+
+
+def warnings(log: Path) -> list[str]:
+    """What was logged as a warning, or worse."""
+    return [line for line in log.read_text().splitlines() if " INFO " not in line]
 
 
 def has_torch(pid: int) -> bool:
@@ -206,6 +217,7 @@ def test_a_killed_front_takes_its_own_streams_only(tmp_path: Path) -> None:
             assert tokens_of(r.url, PROMPT, 7) == expected(PROMPT, 7)
         after = r.metrics()
         assert after["penstock_engine_fronts_lost_total"] == 1
+        assert "ended with 4 open requests" in r.log.read_text()
         assert after["penstock_engine_requests_total"] >= before["penstock_engine_requests_total"] + 1
         assert after["penstock_engine_requests_waiting"] == after["penstock_engine_requests_decoding"] == 0
 
@@ -278,6 +290,23 @@ def test_sigterm_lets_running_streams_end(tmp_path: Path) -> None:
             assert stream.result(WAIT_S) == expected([number, *PROMPT], 20)
         assert r.process.wait(WAIT_S) == 0
         assert not any(Path(f"/proc/{front}").exists() for front in fronts)
+        assert warnings(r.log) == [], "an end that was ordered is worth no warning"
+
+
+def test_streams_that_last_longer_than_the_drain_are_cut_and_no_front_is_lost(tmp_path: Path) -> None:
+    with router(tmp_path, "--fronts", "2", "--drain-timeout-s", "0.5", hold_after=3) as r, ThreadPoolExecutor(4) as t:
+        begun = threading.Semaphore(0)
+        streams = []
+        for number, front in enumerate(r.fronts()):
+            with r.only(front):
+                streams.append(t.submit(streamed, r.url, [number, *PROMPT], 20, begun))
+                assert begun.acquire(timeout=WAIT_S)
+        r.process.terminate()
+        assert r.process.wait(WAIT_S) == 0
+        assert {line.rpartition(": ")[2] for line in warnings(r.log)} == {
+            "cancelling the requests that are still running"
+        }
+        assert all(stream.exception(WAIT_S) is not None for stream in streams)
 
 
 def _accepts(url: str) -> bool:
