@@ -539,7 +539,8 @@ class Connection:
             raise wire.ProtocolError("the node sent a probe that was not requested")
         if payload_bytes != message.size_bytes:
             raise wire.ProtocolError("the node sent another probe than the requested one")
-        wire.receive_exactly(self._sock, pending.buffers[0])
+        self._payload.fill(pending.buffers)
+        self._payload.end()
         self._end(self._take(reply.id), reply, None)
 
     def _take(self, id: int) -> Pending | None:

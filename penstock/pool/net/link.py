@@ -91,6 +91,10 @@ def _bounded(timeout_s: float) -> float:
     return min(timeout_s, wire.TIMEOUT_S_MAX) if timeout_s > 0 else 0.0
 
 
+def _ended_before(result: Any, error: PoolError | None) -> None:
+    raise AssertionError("a request ended twice")
+
+
 class NodeLink:
     """All connections to the pool node at `host`:`port`. `place` is its address as text, `node` its latest `Ready`
     (with an empty id until it was reached)."""
@@ -218,6 +222,7 @@ class NodeLink:
                 pending.ended = True
                 self._live -= 1
             pending.buffers = pending.checks = ()  # it stays among the deadlines for a while
+            pending.end = _ended_before  # else it holds itself: only the garbage collector would free it
             if error is not None and (what != "write" or error.reason != "dropped"):  # the node logs those
                 note_error(what, f"{self.what} {self.place}", error)
             ended(result, error)

@@ -28,6 +28,7 @@ from penstock.pool.api import PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import lanes, wire
 from penstock.pool.net.idle import PARK_S
+from penstock.pool.net.payload_receiver import PayloadLimits, PayloadReceiver
 from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRefused
 from penstock.pool.net.tls import TlsError
 from penstock.pool.net.tls_socket import Stream, TlsSocket
@@ -49,7 +50,6 @@ PAYLOAD_BYTES_PER_S_MIN = 256 << 10  # a client that sends or receives a payload
 PAYLOAD_GRACE_S = 10.0  # allowed on top of the time at that rate
 KEYS_AT_ONCE = 1024  # keys answered from members of this process before other connections have their turn
 PAUSE_S = 50e-6  # long enough that another thread gets the interpreter lock
-_RECEIVE_BYTES = 1 << 20
 _SEND_BYTES = 4 << 20
 _DRAIN_BYTES = 64 << 10
 _SINGLE_BLOCKS = "this node takes single blocks only"
@@ -114,6 +114,11 @@ def _pieces(payload: Sequence[memoryview], piece_bytes: int) -> Iterator[list[me
         yield pieces
 
 
+def _limits(until_s: float) -> PayloadLimits:
+    """Of a payload from a client."""
+    return PayloadLimits(until_s, wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN))
+
+
 class ClientConnection:
     """One connection at the node: of an unknown peer until `greet` has ended."""
 
@@ -137,6 +142,7 @@ class ClientConnection:
         self._ended = False  # nothing can be sent any more
         self._pause: threading.Event | None = None  # set at the end of the connection: ends every pause
         self._serving: tuple[wire.FrameReader, select.poll] | None = None  # made in `start`: there may be thousands
+        self._payload: PayloadReceiver  # made in `start`
         self._done = threading.Event()  # the connection has ended, and its socket is closed
         self._sender: GuardedWorker | None = None  # while it has work
         self._sender_lock = threading.Lock()
@@ -196,6 +202,7 @@ class ClientConnection:
         readable = select.poll()
         readable.register(self.sock, select.POLLIN)
         self._serving = wire.FrameReader(self._sock), readable
+        self._payload = PayloadReceiver(self._sock)
         self._node.idle.begin(self)
 
     def serve(self, expired: bool) -> None:
@@ -518,25 +525,17 @@ class ClientConnection:
 
     def _receive_all(self, intos: Sequence[memoryview], deadline_s: float = 0.0, moved: Moved = not_counted) -> None:
         """As `_receive`, into several buffers in order."""
-        until_s = max(deadline_s, time.monotonic() + PAYLOAD_S)
-        rate = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN)
-        wire.watch_payload(self._sock, True)
-        for into in intos:
-            for at in range(0, len(into), _RECEIVE_BYTES):
-                part = into[at : at + _RECEIVE_BYTES]
-                wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
-                moved(len(part))
-        wire.watch_payload(self._sock, False)
+        self._payload.fill_within(intos, _limits(max(deadline_s, time.monotonic() + PAYLOAD_S)), moved)
+        self._payload.end()
 
     def _drain(self, size_bytes: int) -> None:
         scratch = memoryview(bytearray(min(size_bytes, _DRAIN_BYTES)))
-        rate, until_s = wire.MinimumRate(PAYLOAD_GRACE_S, PAYLOAD_BYTES_PER_S_MIN), time.monotonic() + 2 * PAYLOAD_S
-        wire.watch_payload(self._sock, True)
+        limits = _limits(time.monotonic() + 2 * PAYLOAD_S)
         while size_bytes:
             part = scratch[: min(size_bytes, len(scratch))]
-            wire.receive_exactly(self._sock, part, until_s=until_s, rate=rate)
+            self._payload.fill_within([part], limits, not_counted)
             size_bytes -= len(part)
-        wire.watch_payload(self._sock, False)
+        self._payload.end()
 
     # --- sending ---
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from penstock.pool.net import wire
 from penstock.pool.net.tls_socket import Stream
@@ -18,6 +18,23 @@ from penstock.pool.net.tls_socket import Stream
 PIECE_BYTES = 1 << 20  # these are in the processor's caches when they are verified
 TLS_PIECE_BYTES = 256 << 10  # they pass through the cache twice
 WAKE_BYTES_MIN = 64 << 10  # for fewer bytes, to tell the kernel would cost more than it saves
+
+
+class PayloadLimits:
+    """When a payload must have come, and how fast (`wire.MinimumRate`); both are looked at every LOOK_S."""
+
+    def __init__(self, until_s: float, rate: wire.MinimumRate) -> None:
+        self.until_s, self.rate = until_s, rate
+        self._looked_s = time.monotonic()
+
+    def moved(self, received: int, more: bool) -> None:
+        """Bytes have come, or none for LOOK_S; `more` must come. Raises TimeoutError."""
+        now_s = time.monotonic()
+        if more:
+            if now_s >= self.until_s:
+                raise TimeoutError("the peer did not send all of a message in time")
+            self.rate.moved(received, now_s - self._looked_s)
+        self._looked_s = now_s
 
 
 class PayloadReceiver:
@@ -53,33 +70,55 @@ class PayloadReceiver:
 
     def fill(self, views: Sequence[memoryview]) -> None:
         """Fill the views in order, a part of the payload, with one wake-up. Raises as `pieces`."""
-        tcp, comes, look_ms = self._tcp, self._readable.poll, _look_ms()
         size = sum(map(len, views))
-        if tcp is None or size < WAKE_BYTES_MIN:
+        if self._tcp is None or size < WAKE_BYTES_MIN:
             self.end()
             wire.receive_scattered(self._sock, views)
+        else:
+            for _ in self._received(self._tcp, views, size, None):
+                pass
+
+    def fill_within(self, views: Sequence[memoryview], limits: PayloadLimits, moved: Callable[[int], None]) -> None:
+        """Fill the views in order, with a wake-up for each piece; `moved(bytes)` is called for each part that has come.
+        Raises as `pieces`, and TimeoutError for a peer beyond the limits."""
+        if self._tcp is not None:
+            for received in self._received(self._tcp, views, sum(map(len, views)), limits):
+                moved(received)
             return
-        left = list(views)
-        while True:
-            self._wake_at(size)
+        wire.watch_payload(self._sock, True)
+        for view in views:
+            for at in range(0, len(view), PIECE_BYTES):
+                part = view[at : at + PIECE_BYTES]
+                wire.receive_exactly(self._sock, part, until_s=limits.until_s, rate=limits.rate)
+                moved(len(part))
+        wire.watch_payload(self._sock, False)
+
+    def _received(
+        self, tcp: socket.socket, views: Sequence[memoryview], size: int, limits: PayloadLimits | None
+    ) -> Iterator[int]:
+        """Fill the views, which have `size` bytes; yields how many have come, each time that some have."""
+        comes, look_ms, left = self._readable.poll, _look_ms(), [view for view in views if len(view)]
+        while size:
+            if size >= WAKE_BYTES_MIN or size < self._wake_bytes:
+                self._wake_at(min(size, PIECE_BYTES))
             try:
-                received = (
-                    tcp.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0] if comes(look_ms) else self._late(tcp, left)
-                )
+                came = comes(look_ms)
+                received = tcp.recvmsg_into(left, 0, socket.MSG_DONTWAIT)[0] if came else self._late(tcp, left, limits)
             except BlockingIOError:
-                received = self._late(tcp, left)
+                received = self._late(tcp, left, limits)
             if not received:
                 raise ConnectionError("the peer closed the connection")
             size -= received
-            if not size:
-                return
+            if limits is not None:
+                limits.moved(received, size > 0)
+            yield received
             wire.drop_received(left, received)
 
     def end(self) -> None:
         """The payload has ended: any byte wakes again who waits."""
         self._wake_at(1)
 
-    def _late(self, tcp: socket.socket, into: list[memoryview]) -> int:
+    def _late(self, tcp: socket.socket, into: list[memoryview], limits: PayloadLimits | None = None) -> int:
         """Receive what a slow peer has sent. Raises TimeoutError."""
         look_ms = _look_ms()
         heard_s = time.monotonic() - look_ms / 1000
@@ -90,6 +129,8 @@ class PayloadReceiver:
                 if time.monotonic() - heard_s >= wire.STALL_S:
                     text = f"the peer sent nothing for {wire.STALL_S} s in the middle of a message"
                     raise TimeoutError(text) from None
+            if limits is not None:
+                limits.moved(0, more=True)
             self._readable.poll(look_ms)
 
     def _wake_at(self, size_bytes: int) -> None:

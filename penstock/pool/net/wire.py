@@ -856,7 +856,7 @@ def set_timeouts(sock: Stream) -> None:
 
 
 def watch_payload(sock: Stream, under_way: bool) -> None:
-    """During a payload, let a receive end every LOOK_S, so that `receive_exactly` can check the rate."""
+    """During a payload over TLS, let a receive end every LOOK_S, so that `receive_exactly` can check the rate."""
     _set_limit(sock, socket.SO_RCVTIMEO, min(LOOK_S, STALL_S) if under_way else STALL_S)
 
 

@@ -8,17 +8,20 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from penstock.core.layout import staging_bytes
+from penstock.core.new_block import NewBlock
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import wire
-from penstock.pool.net.payload_receiver import PIECE_BYTES, WAKE_BYTES_MIN, PayloadReceiver
+from penstock.pool.net.payload_receiver import PIECE_BYTES, WAKE_BYTES_MIN, PayloadLimits, PayloadReceiver
+from penstock.pool.net.remote import RemotePool
 from tests.pool.helpers import key_of, write
 from tests.pool.net.node_rig import MIB, WAIT_S, NodeRig
 
@@ -34,6 +37,10 @@ def pair() -> Iterator[Pair]:
     with here, there:
         wire.set_timeouts(here)
         yield there, here
+
+
+def generous() -> PayloadLimits:
+    return PayloadLimits(time.monotonic() + WAIT_S, wire.MinimumRate(WAIT_S, 1.0))
 
 
 def wakes_at(sock: socket.socket) -> int:
@@ -78,6 +85,47 @@ def test_views_are_filled_in_order_in_several_parts(pair: Pair, sizes: list[int]
     sender.join(WAIT_S)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1], [32 << 10, 5], [WAKE_BYTES_MIN - 1], [PIECE_BYTES, 1], [PIECE_BYTES + WAKE_BYTES_MIN + 1, 0, 3],
+        [70_000] * 40, [3 * PIECE_BYTES - 1],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("part_bytes", [70_001, 8 << 20])
+def test_no_end_of_a_payload_waits_for_the_look_at_its_rate(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, sizes: list[int], part_bytes: int
+) -> None:
+    """The kernel is never told to wait for more than comes: who waited for it would wake up too late by far."""
+    monkeypatch.setattr(wire, "LOOK_S", 2 * WAIT_S)
+    monkeypatch.setattr(wire, "STALL_S", 2 * WAIT_S)
+    there, here = pair
+    datas, receiver = [os.urandom(size) for size in sizes], PayloadReceiver(here)
+    views, moved = [memoryview(bytearray(size)) for size in sizes], list[int]()
+    sender = sending(there, b"".join(datas), part_bytes)
+    begin_s = time.monotonic()
+    receiver.fill_within(views, generous(), moved.append)
+    assert time.monotonic() - begin_s < WAIT_S and sum(moved) == sum(sizes)
+    receiver.end()
+    assert [bytes(view) for view in views] == datas and wakes_at(here) == 1
+    sender.join(WAIT_S)
+
+
+def test_a_payload_that_comes_too_slowly_or_too_late_is_an_error(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "LOOK_S", 0.02)
+    there, here = pair
+    sender = sending(there, bytes(100_000), 100, pause_s=0.001)
+    into, moved = memoryview(bytearray(PIECE_BYTES)), list[int]()
+    slow = PayloadLimits(time.monotonic() + WAIT_S, wire.MinimumRate(0.1, 100e6))
+    with pytest.raises(TimeoutError, match="less than"):
+        PayloadReceiver(here).fill_within([into], slow, moved.append)
+    assert 0 < sum(moved) < 100_000
+    late = PayloadLimits(time.monotonic() + 0.1, wire.MinimumRate(WAIT_S, 1.0))
+    with pytest.raises(TimeoutError, match="in time"):
+        PayloadReceiver(here).fill_within([into], late, moved.append)
+    sender.join(WAIT_S)
+
+
 def test_a_slow_peer_shows_life_before_a_piece_is_whole(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "LOOK_S", 0.02)
     there, here = pair
@@ -98,6 +146,8 @@ def test_a_peer_that_stalls_is_an_error(pair: Pair, monkeypatch: pytest.MonkeyPa
         list(PayloadReceiver(here).pieces(memoryview(bytearray(PIECE_BYTES))))
     with pytest.raises(TimeoutError, match="sent nothing"):
         PayloadReceiver(here).fill([memoryview(bytearray(PIECE_BYTES))])
+    with pytest.raises(TimeoutError, match="sent nothing"):
+        PayloadReceiver(here).fill_within([memoryview(bytearray(PIECE_BYTES))], generous(), lambda _: None)
 
 
 @pytest.mark.parametrize("end", ["close", "shutdown"])
@@ -113,23 +163,24 @@ def test_the_end_of_the_stream_is_an_error_at_once(pair: Pair, end: str) -> None
     cut.join()
 
 
-def test_a_receiver_wakes_once_for_a_piece_that_comes_in_eight_packets(pair: Pair) -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_a_receiver_wakes_once_for_a_piece_that_comes_in_eight_packets(pair: Pair, within: bool) -> None:
     """At most: where it runs late, it does not wait at all."""
     there, here = pair
     pieces, packets = 16, 8
     data = bytes(pieces * PIECE_BYTES)
     into = memoryview(bytearray(len(data)))
 
-    def waits(receive: Any) -> int:
-        sender = sending(there, data, PIECE_BYTES // packets, pause_s=0.002)
-        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        for _ in receive(into):
-            pass
-        sender.join(WAIT_S)
-        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
-
     receiver = PayloadReceiver(here)
-    assert waits(receiver.pieces) <= 2 * pieces + 8, "1 for each piece, and locks of the interpreter"
+    sender = sending(there, data, PIECE_BYTES // packets, pause_s=0.002)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+    if within:
+        receiver.fill_within([into], generous(), lambda _: None)
+    else:
+        list(receiver.pieces(into))
+    sender.join(WAIT_S)
+    waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+    assert waits <= 2 * pieces + 8, "1 for each piece, and locks of the interpreter"
     receiver.end()
 
 
@@ -146,40 +197,63 @@ class Spanned:
 
 
 class Counted(NodeRig):
-    """Counts the calls of the system that a client's receiving thread makes for READS spans."""
+    """Counts the calls of the system that receiving threads make for READS requests: those of a client's reads, or
+    (`of_node`) of a node that takes writes."""
 
-    def reads(self, blocks: int, size: int) -> Counter[str]:
+    def counted(self, of_node: bool, begin: Callable[[RemotePool, int, Spanned], None]) -> Counter[str]:
         counts: Counter[str] = Counter()
+        thread = "penstock-node-127.0.0.1" if of_node else "penstock-read-receive"
 
         def called(frame: FrameType, event: str, arg: Any) -> None:
-            if event == "c_call" and threading.current_thread().name == "penstock-read-receive":
+            if event == "c_call" and threading.current_thread().name.startswith(thread):
                 counts[arg.__name__] += 1
 
         threading.setprofile(called)
         try:
-            client = self.client(self.node(self.pool(32 * MIB)))
-            keys = [key_of(number) for number in range(blocks)]
-            assert [write(client, key, size_bytes=size) for key in keys] == ["ok"] * blocks
-            buffers = [aligned_buffer(size) for _ in keys]
+            client = self.client(self.node(self.pool(80 * MIB)))
             for number in range(WARM + READS):
                 if number == WARM:  # the thread runs, and the kernel has given the connection its memory
                     counts.clear()
                 outcome = Spanned()
-                client.read_many(keys, size, buffers, WAIT_S, outcome.done)
-                assert outcome.ended.wait(WAIT_S) and outcome.errors == [None] * blocks
+                begin(client, number, outcome)
+                assert outcome.ended.wait(WAIT_S) and not any(outcome.errors)
         finally:
             threading.setprofile(None)
         return counts
 
+    def reads(self, blocks: int, size: int) -> Counter[str]:
+        keys, buffers = [key_of(number) for number in range(blocks)], [aligned_buffer(size) for _ in range(blocks)]
 
-@pytest.mark.parametrize(("blocks", "size"), [(1, 4 * MIB), (8, 128 << 10)])
-def test_a_payload_costs_two_calls_of_the_system_for_each_piece(tmp_path: Path, blocks: int, size: int) -> None:
+        def begin(client: RemotePool, number: int, outcome: Spanned) -> None:
+            if not number:
+                assert [write(client, key, size_bytes=size) for key in keys] == ["ok"] * blocks
+            client.read_many(keys, size, buffers, WAIT_S, outcome.done)
+
+        return self.counted(False, begin)
+
+    def writes(self, blocks: int, size: int) -> Counter[str]:
+        datas = [aligned_buffer(staging_bytes(size)) for _ in range(blocks)]
+
+        def begin(client: RemotePool, number: int, outcome: Spanned) -> None:
+            keys = [key_of(blocks * number + one) for one in range(blocks)]
+            new = [NewBlock(key, bytes(16), size, 0) for key in keys]
+            client.write_many(new, datas, WAIT_S, outcome.done)
+
+        return self.counted(True, begin)
+
+
+@pytest.mark.parametrize("way", ["reads", "writes"])
+@pytest.mark.parametrize(("blocks", "size"), [(1, 4 * MIB), (8, 128 << 10), (12, 500_000)])
+def test_a_payload_costs_two_calls_of_the_system_for_each_piece(
+    tmp_path: Path, way: str, blocks: int, size: int
+) -> None:
     rig = Counted(tmp_path)
     with rig.undo:
-        counts = rig.reads(blocks, size)
-    pieces = READS * blocks * size // PIECE_BYTES
+        counts = rig.reads(blocks, size) if way == "reads" else rig.writes(blocks, size)
+    pieces = READS * -(-blocks * size // PIECE_BYTES)
     received = counts["recv_into"] + counts["recvmsg_into"]
-    heads = 2 * READS  # the header of a span comes in two
-    assert pieces <= received <= 1.5 * pieces + heads, "a piece comes in two where memory is short"
+    heads = 3 * READS  # the header of a span comes in two, and the beginning of a write alone
+    assert READS <= received <= 1.5 * pieces + heads, "a piece comes in two where memory is short"
+    assert way == "reads" or counts["recvmsg_into"] >= READS, "the payload of a write is awaited in pieces too"
     assert counts["poll"] <= 1.5 * pieces + heads
-    assert counts["setsockopt"] <= 2 * READS + pieces // 2
+    assert counts["setsockopt"] <= 3 * READS + pieces // 2
