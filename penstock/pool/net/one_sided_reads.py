@@ -36,7 +36,7 @@ from penstock.process.guarded_thread import GuardedWorker
 log = logging.getLogger(__name__)
 
 SPAN_BYTES_MAX = 32 << 20  # of the blocks that are lent together, if they are several
-AHEAD_BYTES_MAX = 16 << 20  # with more on their way, blocks wait, so that several are lent by one message
+AHEAD_BYTES_MAX = 16 << 20  # with more on their way, or more than wait, blocks wait: several are lent by one message
 TRANSFER_BYTES = 8 << 20  # a transfer has as many blocks; they are verified while the next is under way
 OPEN_BYTES_MAX = 128 << 20  # of all blocks that are being lent or read
 LENDS_MAX = 2  # LendMany without a complete answer
@@ -84,7 +84,7 @@ class OneSidedReads:
         self._lock = threading.Lock()
         self._waiting: deque[BlockRead] = deque()
         self._asked: set[BlockRead] = set()  # those of a LendMany that is not answered
-        self._lends = self._open_bytes = self._ahead_bytes = 0
+        self._lends = self._waiting_bytes = self._open_bytes = self._ahead_bytes = 0
         self._verifying: GuardedWorker | None = None
         memory.watch(self)
 
@@ -98,6 +98,7 @@ class OneSidedReads:
             if len(self._waiting) + len(blocks) > WAITING_MAX:
                 return False
             self._waiting.extend(blocks)
+            self._waiting_bytes += sum(one.size_bytes for one in blocks)
         self._lend_next()
         return True
 
@@ -125,18 +126,21 @@ class OneSidedReads:
 
     def _next_span(self) -> list[BlockRead]:
         """Take the blocks to be lent next; the lock is held."""
-        if self._lends >= LENDS_MAX or self._open_bytes >= OPEN_BYTES_MAX or self._ahead_bytes > AHEAD_BYTES_MAX:
+        if self._lends >= LENDS_MAX or self._open_bytes >= OPEN_BYTES_MAX:
+            return []
+        if self._ahead_bytes > min(AHEAD_BYTES_MAX, self._waiting_bytes):
             return []
         blocks: list[BlockRead] = []
         size_bytes = 0
         while self._waiting and len(blocks) < wire.LEND_BLOCKS_MAX:
             if self._waiting[0].taken:
-                self._waiting.popleft()
+                self._waiting_bytes -= self._waiting.popleft().size_bytes
                 continue
             size_bytes += self._waiting[0].size_bytes
             if blocks and size_bytes > SPAN_BYTES_MAX:
                 break
             blocks.append(self._waiting.popleft())
+            self._waiting_bytes -= blocks[-1].size_bytes
         return blocks
 
     def _lent(self, lend: _Lend, reply: wire.LentMany) -> None:
@@ -319,7 +323,7 @@ class OneSidedReads:
     def end_waiting(self) -> None:
         """End reads that wait: the pool is closed."""
         with self._lock:
-            waiting, self._waiting = list(self._waiting), deque()
+            waiting, self._waiting, self._waiting_bytes = list(self._waiting), deque(), 0
         for one in waiting:
             self._end(one, PoolError("closed", "the pool is closed"))
 

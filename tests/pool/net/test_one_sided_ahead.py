@@ -96,40 +96,63 @@ class Rig:
 
 
 @pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(one_sided_reads, "AHEAD_BYTES_MAX", 2 * SIZE)
+def rig() -> Iterator[Rig]:
     made = Rig()
     yield made
     made.reads.close(WAIT_S)
 
 
-def test_blocks_that_wait_while_enough_are_on_their_way_share_a_message(rig: Rig) -> None:
-    for number in range(3):
+def test_blocks_wait_until_no_more_are_on_their_way_and_share_a_message(rig: Rig) -> None:
+    for number in range(16):
+        rig.read(str(number))
+        if number + 1 in (1, 2, 4, 8, 16):
+            rig.link.answer(len(rig.link.asked) - 1)
+    assert rig.link.blocks == [1, 1, 2, 4, 8], "alone, a block does not wait"
+    rig.read("one more")
+    for number in range(4):
+        rig.arrive(number)
+    assert rig.link.blocks[5:] == [], "8 are on their way"
+    rig.arrive(4)
+    assert rig.link.blocks[5:] == [1]
+
+
+def test_a_steady_reader_has_half_of_its_blocks_lent_by_each_message(rig: Rig) -> None:
+    window, answered = 8, 0
+    for number in range(window):
+        rig.read(str(number))
+    for number in range(16):
+        while answered < len(rig.link.asked):
+            rig.link.answer(answered)
+            answered += 1
+        rig.arrive(number)
+        for one in range(rig.link.blocks[number]):
+            rig.read(f"{number} {one}")
+    assert rig.link.blocks[-4:] == [window // 2] * 4
+
+
+def test_blocks_wait_while_enough_are_on_their_way(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_sided_reads, "AHEAD_BYTES_MAX", 2 * SIZE)
+    for number in range(4):
         rig.read(f"first {number}")
-        rig.link.answer(number)
-    assert rig.link.blocks == [1, 1, 1], "alone, a block does not wait"
+        if number in (0, 1, 3):
+            rig.link.answer(len(rig.link.asked) - 1)
+    assert rig.link.blocks == [1, 1, 2]
     for number in range(8):
         rig.read(f"then {number}")
-    assert rig.link.blocks == [1, 1, 1], "12 KiB are on their way"
+    assert rig.link.blocks == [1, 1, 2], "16 KiB are on their way"
     rig.arrive(0)
-    assert rig.link.blocks == [1, 1, 1, 8], "one message for all that waited"
-    for _ in range(8):
-        rig.read("later")
+    assert rig.link.blocks == [1, 1, 2], "12 KiB"
     rig.arrive(1)
-    rig.arrive(2)
-    assert rig.link.blocks == [1, 1, 1, 8]
-    rig.link.answer(3)
-    rig.arrive(3)
-    assert rig.link.blocks == [1, 1, 1, 8, 8]
+    assert rig.link.blocks == [1, 1, 2, 8], "one message for all that waited"
 
 
 @pytest.mark.parametrize("fault", ["transfer", "lend"])
 def test_blocks_that_fail_hold_up_no_others(rig: Rig, fault: str) -> None:
-    for number in range(4):
+    for number in range(3):
         rig.read(str(number))
-        if number < 3:
+        if number < 2:
             rig.link.answer(number) if fault == "transfer" else rig.link.asked[number][1](None, PoolError("full", ""))
     for ended in rig.memory.under_way[:]:
         ended(PoolError("network", "as planned"))
-    assert sum(rig.link.blocks) == 4, "the fourth was asked for"
-    assert len(rig.in_messages) == 3 and rig.memory.failures == 3
+    assert rig.link.blocks == [1, 1, 1], "the third was asked for"
+    assert len(rig.in_messages) == 2 and rig.memory.failures == 2
