@@ -284,6 +284,8 @@ class MemoryAttachment:
                     limit_s = RETURN_S
                 elif any(watcher.waits for watcher in self._watchers):
                     limit_s = LOOK_S
+                elif self._closed:
+                    limit_s = 0.0
                 self._asleep = limit_s is None
                 self._changed.wait(limit_s)
                 self._asleep = False

@@ -106,7 +106,7 @@ class OneSidedReads:
 
     def _lend_next(self) -> None:
         """Have blocks that wait lent, as long as the limits allow it."""
-        while True:
+        while self._waiting:
             with self._lock:
                 blocks = self._next_span()
                 if not blocks:
@@ -225,13 +225,20 @@ class OneSidedReads:
             for one, _ in blocks:
                 self._on_in_messages(one)
             return
-        if self._verifying is None:
-            self._verifying = GuardedWorker("penstock-one-sided-verify", WAITING_MAX, threads=VERIFY_THREADS)
         while blocks:
             count = _together((one.size_bytes for one, _ in blocks), VERIFY_BYTES)
             some, blocks = blocks[:count], blocks[count:]
-            if not self._verifying.put(partial(self._verify_some, some), partial(self._not_verified, some)):
+            if not self._on_worker(partial(self._verify_some, some), partial(self._not_verified, some)):
                 self._verify_some(some)
+
+    def _on_worker(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> bool:
+        """Have a thread that verifies blocks do it; False where none can, or too much waits."""
+        try:
+            if self._verifying is None:
+                self._verifying = GuardedWorker("penstock-one-sided-verify", WAITING_MAX, threads=VERIFY_THREADS)
+            return self._verifying.put(work, failed)
+        except (RuntimeError, MemoryError):  # the system starts no thread
+            return False
 
     @property
     def waits(self) -> bool:

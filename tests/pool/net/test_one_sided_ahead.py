@@ -156,3 +156,16 @@ def test_blocks_that_fail_hold_up_no_others(rig: Rig, fault: str) -> None:
         ended(PoolError("network", "as planned"))
     assert rig.link.blocks == [1, 1, 1], "the third was asked for"
     assert len(rig.in_messages) == 2 and rig.memory.failures == 2
+
+
+def test_blocks_are_verified_where_the_system_starts_no_thread_for_that(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_starts(*given: Any, **options: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(one_sided_reads, "GuardedWorker", none_starts)
+    rig.read("a block")
+    rig.link.answer(0)
+    rig.memory.under_way[0](None)
+    assert rig.memory.verified == 1
