@@ -2,18 +2,22 @@
 
 `accelerator_of` gives the one of a torch device. CUDA and ROCm are `cuda.Cuda`; the CPU is here; the order checker of
 `penstock.testing.fake_cuda` is one of them too. Another kind of device subclasses `Accelerator`, brings `lock`,
-`unlock` and `copy`, and calls `register`; streams and events are torch's own for every kind.
+`unlock` and `copy`, and calls `register`; streams and events are torch's own for every kind. Blocks can land in its
+memory (GPUDirect RDMA) where it also brings `allocate_landing`, `free_landing` and `checksums`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from penstock.io.device_memory import DeviceMemory
+from penstock.io.memory import address_of, aligned_buffer
 
 HELD_COPY_BYTES_MAX = 64 << 10  # a shorter copy by the CPU is over before another thread would have taken the GIL
 
@@ -91,6 +95,21 @@ class Accelerator:
         be under way then."""
         raise NotImplementedError
 
+    def allocate_landing(self, size_bytes: int) -> DeviceMemory:
+        """Zeroed memory of the device that network cards may write into, and that `checksums` and `copy` read. Raises
+        DeviceError where there is no such memory, or no way to verify what lands in it."""
+        raise DeviceError(f"network cards cannot write into memory of {self.device}; allowed: cuda (NVIDIA's), cpu")
+
+    def free_landing(self, memory: DeviceMemory) -> None:
+        """Give memory of `allocate_landing` back; no card may be registered with it, and no copy be under way. Raises
+        DeviceError."""
+        raise NotImplementedError
+
+    def checksums(self, addresses: Sequence[int], seeds: Sequence[int], size_bytes: int) -> list[int]:
+        """xxh3-64 with a seed, of each block of `size_bytes` in memory of `allocate_landing`; `addresses` are multiples
+        of 8. For blocks that have arrived, as a card has said; waits for the device. Raises RuntimeError."""
+        raise NotImplementedError
+
     def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """An array's copy on the device, for what this thread's current stream does next. One copy; waits for nothing
         where host memory can be locked."""
@@ -131,6 +150,10 @@ class Cpu(Accelerator):
 
     copies_beside_compute = False
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._landing: dict[int, memoryview] = {}
+
     def use(self) -> None:
         """Nothing."""
 
@@ -158,6 +181,26 @@ class Cpu(Accelerator):
     def copy(self, descriptors: np.ndarray, stream: Stream, to_device: bool) -> None:
         """One after the other."""
         copy_on_host(descriptors)
+
+    def allocate_landing(self, size_bytes: int) -> DeviceMemory:
+        """Memory of the host."""
+        memory = aligned_buffer(size_bytes)
+        self._landing[address_of(memory)] = memory
+        return DeviceMemory(address_of(memory), size_bytes, "DRAM")
+
+    def free_landing(self, memory: DeviceMemory) -> None:
+        """See Accelerator."""
+        del self._landing[memory.address]
+
+    def checksums(self, addresses: Sequence[int], seeds: Sequence[int], size_bytes: int) -> list[int]:
+        """See Accelerator."""
+        import xxhash  # measurements of copies do without it
+
+        block = ctypes.c_char * size_bytes
+        return [
+            xxhash.xxh3_64_intdigest(block.from_address(address), seed)
+            for address, seed in zip(addresses, seeds, strict=True)
+        ]
 
 
 _move = ctypes.memmove  # lets other threads run meanwhile

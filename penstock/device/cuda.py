@@ -11,13 +11,16 @@ import ctypes
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream, numa_node_of_pci
+from penstock.device.checksum_kernels import CHECKSUM_BYTES_MIN, LANES, ChecksumKernels, scratch_words
+from penstock.device.gpu_direct import GpuDirect
+from penstock.io.device_memory import DeviceMemory
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +141,8 @@ class Cuda(Accelerator):
         self._pool: Any = None  # memory of everything that is recorded
         self._recording: Any = None  # the stream that it is recorded on
         self._threads = threading.local()
+        self._direct: GpuDirect | None = None
+        self._kernels: ChecksumKernels | None = None
 
     def use(self) -> None:
         """See Accelerator. A thread begins without a context, which the driver's own calls need; `set_device` gives it
@@ -194,6 +199,59 @@ class Cuda(Accelerator):
     def copy(self, descriptors: np.ndarray, stream: Any, to_device: bool) -> None:
         """See Accelerator."""
         self._copies(descriptors, stream, to_device)
+
+    def allocate_landing(self, size_bytes: int) -> DeviceMemory:
+        """See Accelerator. The kernels that verify what lands are compiled here, and compared with the host's."""
+        if torch.version.hip is not None:
+            raise DeviceError("network cards cannot write into memory of a ROCm device here; allowed: NVIDIA's, cpu")
+        self.use()
+        if self._direct is None:
+            direct = GpuDirect(self.device.index)
+            self._kernels = ChecksumKernels(torch.cuda.get_device_capability(self.device))
+            self._direct = direct
+        self._compare_checksums()
+        return self._direct.allocate(size_bytes)
+
+    def free_landing(self, memory: DeviceMemory) -> None:
+        """See Accelerator."""
+        assert self._direct is not None
+        self.use()
+        self._direct.free(memory)
+
+    def checksums(self, addresses: Sequence[int], seeds: Sequence[int], size_bytes: int) -> list[int]:
+        """See Accelerator. On a stream of this thread's own."""
+        assert self._direct is not None and self._kernels is not None
+        self.use()
+        if not hasattr(self._threads, "stream"):
+            self._threads.stream, self._threads.event = self.new_stream(), self.new_event()
+        stream, event, count = self._threads.stream, self._threads.event, len(addresses)
+        with torch.cuda.stream(stream):
+            given = self.array_to_device(np.array([addresses, seeds], np.uint64).view(np.int64))
+            sums = torch.empty(scratch_words(count, size_bytes), dtype=torch.int64, device=self.device)
+            lanes = torch.empty((count, LANES), dtype=torch.int64, device=self.device)
+            self._direct.order_writes()
+            places = given.data_ptr(), count, size_bytes, sums.data_ptr(), lanes.data_ptr()
+            self._kernels.launch(*places, stream.cuda_stream)
+            event.record(stream)
+            event.synchronize()  # sleeps, where `cpu` alone would spin
+            found: list[int] = lanes.cpu()[:, 0].tolist()
+        return [checksum % (1 << 64) for checksum in found]
+
+    def _compare_checksums(self) -> None:
+        """Raises DeviceError where the kernels do not give what the host gives, for blocks of a few sizes."""
+        import xxhash  # measurements of copies do without it
+
+        for size_bytes in (CHECKSUM_BYTES_MIN, 1024, 1025, 70_000):
+            blocks = np.random.default_rng(size_bytes).integers(0, 256, (3, -(-size_bytes // 8) * 8), np.uint8)
+            there = torch.from_numpy(blocks).to(self.device)
+            torch.cuda.synchronize(self.device)
+            seeds = [0, size_bytes, (1 << 64) - size_bytes]
+            addresses = [there.data_ptr() + at * blocks.shape[1] for at in range(3)]
+            want = [
+                xxhash.xxh3_64_intdigest(block[:size_bytes], seed) for block, seed in zip(blocks, seeds, strict=True)
+            ]
+            if self.checksums(addresses, seeds, size_bytes) != want:
+                raise DeviceError(f"checksums of {size_bytes} bytes on {self.device} are not those of the host")
 
     def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """See Accelerator; torch keeps the locked copy until the stream has read it."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import (
@@ -29,7 +30,7 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.peers import Peers
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import ModelRunner
-from penstock.extras import require_extra
+from penstock.extras import missing_modules, require_extra
 from penstock.pool.announced import AnnouncedPool
 from penstock.pool.api import Pool
 from penstock.pool.authenticated import NO_POOL_KEY, authenticated
@@ -37,12 +38,16 @@ from penstock.pool.block_size import expect_blocks
 from penstock.pool.kv_events import KvEventLog
 from penstock.pool.mac import PoolKey
 from penstock.pool.net.connect import connect_node
+from penstock.pool.net.one_sided_agent import RDMA_TRANSPORTS
 from penstock.pool.net.secret import Secret
 from penstock.pool.net.tls import PeerTls
 from penstock.pool.net.tls_flags import PeerSettings
 from penstock.pool.setup.config import config_of_flags
 from penstock.pool.setup.config_file import read_pool_config
 from penstock.pool.setup.open import link_bytes_per_s, open_pool
+
+if TYPE_CHECKING:
+    from penstock.device.accelerator import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +100,8 @@ def build_engine(
             expect_blocks(pool, scheduler_config.block_bytes)
         if pool is not None and around_pool is not None:
             pool = around_pool(pool, scheduler_config)
-        engine = Engine(scheduler_config, cost, runner, pool, peers, pool_key, events)
+        lands_on = _lands_on(config, runner, hands_off=peers is not None)
+        engine = Engine(scheduler_config, cost, runner, pool, peers, pool_key, events, lands_on)
         return RunningEngine(engine, runner, pool, publisher)
     except BaseException:
         if publisher is not None:
@@ -162,6 +168,30 @@ def _runner(config: EngineConfig) -> ModelRunner:
     for note in runner.notes:
         log.info("model: %s", note)
     return runner
+
+
+def _lands_on(config: EngineConfig, runner: ModelRunner, hands_off: bool) -> Accelerator | None:
+    """The device in whose memory blocks of pool nodes are to land; None: in none. Raises ConfigError."""
+    if not config.gpu_direct:
+        return None
+    if hands_off:
+        raise ConfigError(
+            "gpu_direct is set for a prefill engine, which sends blocks on from the host; allowed: others"
+        )
+    lacking = {extra: missing_modules(extra) for extra in RDMA_TRANSPORTS}
+    if all(lacking.values()):
+        names = ", ".join(name for missing in lacking.values() for name in missing)
+        raise ConfigError(f"gpu_direct is set, and {names} are not installed; allowed: with penstock[nixl] or [verbs]")
+    from penstock.device.checksum_kernels import CHECKSUM_BYTES_MIN
+    from penstock.engine.hf_runner import HFRunner
+
+    if runner.layout.full_block_bytes < CHECKSUM_BYTES_MIN:
+        raise ConfigError(
+            f"gpu_direct is set with blocks of {runner.layout.full_block_bytes} bytes; allowed: from "
+            f"{CHECKSUM_BYTES_MIN}, which a device verifies"
+        )
+    assert isinstance(runner, HFRunner), "EngineConfig knows that there is a device"
+    return runner.kv.accelerator
 
 
 def _cost(runner: ModelRunner, pages: int, config: EngineConfig) -> CostModel:

@@ -49,9 +49,9 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
     """Sizes are bytes. `pool`: addresses of pool nodes; `memory` and `slab`: members of this process; together they
     form one pool. `pool_config`: a file that describes a pool. Without any of them the pool is some memory; `no_pool`
     turns it off. `secret_file`: the secret of the pool nodes; `peer_tls_*`: certificate, key and CA for nodes with TLS;
-    `pool_key_file`: the key with which blocks are written and verified (`pool.mac`). `max_batch_s` None: DualPath's
-    quota for prefill engines, no bound for others. `profile`, `bytes_divisor` and `time_factor` are for the modelled
-    executor."""
+    `pool_key_file`: the key with which blocks are written and verified (`pool.mac`). `gpu_direct` needs a
+    device that network cards write into, and NIXL or verbs. `max_batch_s` None: DualPath's quota for prefill engines,
+    no bound for others. `profile`, `bytes_divisor` and `time_factor` are for the modelled executor."""
 
     load_format: Literal["auto", "dummy"] = setting("auto", "auto, or dummy for random weights.")
     dtype: str = setting("auto", "Type of weights and KV, for example bfloat16.")
@@ -86,6 +86,9 @@ class EngineSettings(PeerSettings, RequestDeadline, BatchSettings, OrderSettings
     fetch_window_bytes: int = setting(
         FETCH_WINDOW_BYTES, FETCH_WINDOW_HELP, "SIZE", name="fetch_window", parse=parse_bytes, formerly=FORMER_WINDOW
     )
+    gpu_direct: bool = setting(
+        False, "Blocks of pool nodes land in device memory, as much as --staging (GPUDirect RDMA)."
+    )
     block_tokens: int = setting(BLOCK_TOKENS, "Tokens of one block.")
     max_context_tokens: int | None = setting(
         None, "Tokens of prompt and answer together.", name="max_context", shown="the model's"
@@ -113,6 +116,7 @@ class EngineConfig(EngineSettings):
             raise ConfigError(
                 "pool_config is set together with pool, memory, slab or no_pool; allowed: one or the other"
             )
+        self._check_gpu_direct()
         for address in self.pool:
             try:
                 parse_address(address)
@@ -130,3 +134,16 @@ class EngineConfig(EngineSettings):
             check_range("max_batch_s", self.max_batch_s, 1e-3, NO_QUOTA_S)
         if self.max_context_tokens is not None:
             check_range("max_context_tokens", self.max_context_tokens, 2, 2**24)
+
+    def _check_gpu_direct(self) -> None:
+        if not self.gpu_direct:
+            return
+        if self.executor != "real":
+            raise ConfigError(f"gpu_direct is set with executor {self.executor!r}, which has no device; allowed: real")
+        if not self.pool and not self.pool_config:
+            raise ConfigError("gpu_direct is set without pool nodes; allowed: with pool, or pool_config")
+        if self.pool_key_file:
+            raise ConfigError(
+                "gpu_direct is set together with pool_key_file; allowed: one or the other, as MACs are verified on the "
+                "host"
+            )

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
@@ -45,6 +45,9 @@ from penstock.process.guarded_thread import GuardedThread
 from penstock.process.rate_limited_log import RateLimitedLog
 from penstock.process.switch_interval import switch_often
 
+if TYPE_CHECKING:
+    from penstock.device.accelerator import Accelerator
+
 log = logging.getLogger(__name__)
 rare = RateLimitedLog(log)
 
@@ -74,10 +77,13 @@ class Engine:
         peers: Peers | None = None,
         pool_key: PoolKey | None = None,
         events: KvEventLog | None = None,
+        lands_on: Accelerator | None = None,
     ) -> None:
         """`peers`: decode engines to which the KV of prompts may be sent (`config.hands_off`). With a `pool_key`, with
         which `pool` verifies blocks, block keys differ from those of engines with another pool key. `events` gets the
-        pool's hits; `pool` itself adds the rest."""
+        pool's hits; `pool` itself adds the rest. `lands_on`: the runner's device, where blocks of pool nodes are to
+        land in its memory (GPUDirect RDMA); not with `peers`. Raises ConfigError where it has none for them."""
+        assert lands_on is None or peers is None
         assert config.pool == (pool is not None)
         assert config.hands_off == (peers is not None)
         self.config = config
@@ -93,7 +99,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._clients: dict[str, tuple[GenerationRequest, OnEvent, Past | None]] = {}
         self._dispatcher = OperationDispatcher(
-            config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of, self._looked_up
+            config, self._scheduler, runner, pool, peers, self._inbox.put, self._sampling_of, self._looked_up, lands_on
         )
         self._seconds_by_label: defaultdict[str, float] = defaultdict(float)
         self._asked: set[tuple[str, str]] = set()  # (request_id, what) in the inbox: cancel, reroute

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 
 from penstock.core.operations import ChunkOutcome, Discard, Fetch, Forward, Lookup, Save
 from penstock.engine.batch_faults import outcomes_of
+from penstock.engine.device_staging import DeviceStaging
 from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
-from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
+from penstock.engine.runner import Chunk, ModelRunner, UploadGroup, UploadSource
 from penstock.engine.save_spans import Saved
 from penstock.engine.transfers import Transfers
 from penstock.io.memory import aligned_buffer
@@ -32,15 +33,21 @@ WORK_WAITING_MAX = 4096  # pieces of work per thread; the scheduler's windows an
 
 
 class Staging:
-    """L2: the slots' memory. A slot may stand for a leased block of a local memory member instead of its own bytes."""
+    """L2: the slots' memory. A slot may stand for a leased block of a local memory member instead of its own bytes, or
+    for a block that landed in the device's memory."""
 
     def __init__(
-        self, memory: memoryview, slot_bytes: int, lock: Callable[[memoryview], None] = lambda memory: None
+        self,
+        memory: memoryview,
+        slot_bytes: int,
+        lock: Callable[[memoryview], None] = lambda memory: None,
+        twin: DeviceStaging | None = None,
     ) -> None:
-        """`lock` page-locks memory for the device; `memory` is locked already."""
+        """`lock` page-locks memory for the device; `memory` is locked already. `twin`: where its blocks may land."""
         self._memory = memory
         self._slot_bytes = slot_bytes
         self._lock = lock
+        self._twin = twin
         self._leases: dict[int, Lease] = {}
         self._replaced: dict[int, memoryview] = {}
 
@@ -56,12 +63,21 @@ class Staging:
         lease = self._leases.get(slot)
         return (lease.view if lease is not None else self.slot(slot))[:size_bytes]
 
+    def source(self, slot: int, size_bytes: int) -> UploadSource:
+        """The block that was fetched into the slot, wherever it is uploaded from."""
+        landed = self._twin.block_in(slot) if self._twin is not None else None
+        return landed or self.content(slot, size_bytes)
+
     def hold(self, slot: int, lease: Lease) -> None:
         """The slot stands for a leased block until `release`."""
+        if self._twin is not None:
+            self._twin.clear(slot)
         self._leases[slot] = lease
 
     def replace(self, slot: int) -> None:
-        """Other memory for a slot whose own a device still holds."""
+        """Other memory for a slot whose own a device still holds; nothing lands for it on the device any more."""
+        if self._twin is not None:
+            self._twin.retire(slot)
         memory = aligned_buffer(self._slot_bytes)
         try:
             self._lock(memory)
@@ -71,6 +87,8 @@ class Staging:
 
     def release(self, slot: int) -> None:
         """The slot's content is not needed any more; a lease ends."""
+        if self._twin is not None:
+            self._twin.clear(slot)
         lease = self._leases.pop(slot, None)
         if lease is not None:
             lease.release()
@@ -128,6 +146,7 @@ class PoolStages:
         if self._lease(op):
             ended(None)
             return
+        self._staging.release(op.slot)
         self._pool.read(op.key, self._block_bytes, into, op.timeout_s, lambda error: ended(_reason(error)))
 
     def fetch_span(self, ops: Sequence[Fetch], done: Callable[[Sequence[str | None]], None]) -> None:
@@ -259,7 +278,7 @@ class RunnerStages:
 
     def upload(
         self,
-        blocks: Sequence[tuple[memoryview, int]],
+        blocks: Sequence[tuple[UploadSource, int]],
         followed: bool,
         done: Callable[[BaseException | None], None],
     ) -> UploadGroup:

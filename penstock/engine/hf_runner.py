@@ -17,7 +17,7 @@ from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.page_tables import PageTables
 from penstock.engine.paged_kernel import GATHERED, LayerKind, VarlenKernel, proven_kernel
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
-from penstock.engine.runner import Chunk, UploadGroup
+from penstock.engine.runner import Chunk, UploadGroup, UploadSource
 from penstock.engine.sampling import sample
 from penstock.engine.shaped_logits import say_logprobs, shaped
 
@@ -179,8 +179,8 @@ class HFRunner:
         """Give up the page lock of this memory, which no copy uses any more."""
         self.kv.page_unlock(buffer)
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> PagedUpload:
-        """Prepare the upload of full blocks `(host bytes, page)`; no byte has moved when this returns. Without
+    def start_upload(self, blocks: Sequence[tuple[UploadSource, int]], followed: bool = True) -> PagedUpload:
+        """Prepare the upload of full blocks `(bytes, page)`; no byte has moved when this returns. Without
         `followed` they go up whole."""
         return self.kv.start_upload(blocks, self.layerwise and followed)
 

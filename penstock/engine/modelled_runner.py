@@ -13,7 +13,7 @@ import numpy as np
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.profile import Profile
-from penstock.engine.runner import Chunk, UploadGroup
+from penstock.engine.runner import Chunk, UploadGroup, UploadSource
 from penstock.engine.shaping import TokenLogprobs
 from penstock.io.memory import aligned_buffer
 from penstock.pacing import Pacer
@@ -65,9 +65,13 @@ class ModelledRunner:
     def page_unlock(self, buffer: memoryview) -> None:
         """Nothing was locked."""
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
+    def start_upload(self, blocks: Sequence[tuple[UploadSource, int]], followed: bool = True) -> UploadGroup:
         """Note blocks (host memory, page) that `upload` will copy."""
-        return _Group(list(blocks))
+        group = _Group([])
+        for source, page in blocks:
+            assert isinstance(source, memoryview), "there is no device that blocks land on"
+            group.blocks.append((source, page))
+        return group
 
     def upload(self, group: UploadGroup) -> None:
         """Copy the group's blocks into their pages, at the profile's rate."""

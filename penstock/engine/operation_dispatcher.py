@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from penstock.core.config import SchedulerConfig
 from penstock.core.engine.scheduler import LoadScheduler
@@ -26,6 +27,7 @@ from penstock.core.operations import (
     Upload,
 )
 from penstock.core.spans import span_blocks, spans_of
+from penstock.engine.device_staging import DeviceStaging
 from penstock.engine.executors import PoolStages, RunnerStages, Staging
 from penstock.engine.peers import Peers
 from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
@@ -36,6 +38,9 @@ from penstock.io.numa import bind_memory
 from penstock.pool.api import Pool
 from penstock.process.loss_log import LossLog
 from penstock.process.rate_limited_log import RateLimitedLog
+
+if TYPE_CHECKING:
+    from penstock.device.accelerator import Accelerator
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +72,10 @@ class OperationDispatcher:
         post: Post,
         sampling_of: Callable[[str], tuple[SamplingParams, Past | None]],
         looked_up: Callable[[Lookup, Sequence[BlockHit | None]], None],
+        lands_on: Accelerator | None = None,
     ) -> None:
-        """`looked_up` hears of the pool's answers, on a thread of lookups."""
+        """`looked_up` hears of the pool's answers, on a thread of lookups. `lands_on`: the runner's device, where
+        blocks of pool nodes are to land in its memory. Raises ConfigError where that has none for them."""
         self._config = config
         self._span_blocks = span_blocks(config.fetch_window_blocks, config.block_bytes)
         self._scheduler = scheduler
@@ -80,13 +87,14 @@ class OperationDispatcher:
         memory = peers.allocate(size_bytes) if peers is not None else aligned_buffer(size_bytes)
         if (node := runner.host_node) is not None and (note := bind_memory(memory, node, strict=False)):
             log.warning("staging memory: %s; it lies where the kernel puts it", note)
-        self._staging = Staging(memory, slot_bytes, runner.page_lock)
+        twin = DeviceStaging(lands_on, memory, slot_bytes, config.block_bytes) if lands_on is not None else None
+        self._staging = Staging(memory, slot_bytes, runner.page_lock, twin)
         runner.page_lock(memory)
         self._runner = runner
         self._runner_stages = RunnerStages(runner)
         self._pool_stages: PoolStages | None = None
         if pool is not None:
-            pool.register(memory)
+            pool.register(memory, twin)
             for buffer in pool.host_buffers():
                 runner.page_lock(buffer)
             self._pool_stages = PoolStages(pool, self._staging, config.block_bytes, config.lookup_window, peers)
@@ -187,7 +195,7 @@ class OperationDispatcher:
 
     def _upload(self, op: Upload) -> None:
         size = self._config.block_bytes
-        blocks = [(self._staging.content(slot, size), page) for slot, page in op.blocks]
+        blocks = [(self._staging.source(slot, size), page) for slot, page in op.blocks]
         self._busy_since[op.op_id] = ("an upload", time.monotonic())
         self._uploads[op.op_id] = self._runner_stages.upload(
             blocks, op.followed, lambda error: self._post(partial(self._uploaded, op, error))

@@ -17,6 +17,7 @@ from penstock.core.layout import KVLayout
 from penstock.device.accelerator import Accelerator, Event
 from penstock.device.copies import CopyLane, descriptors_of
 from penstock.device.registry import accelerator_of
+from penstock.engine.runner import DeviceBlock, UploadSource
 from penstock.io.memory import address_of
 
 # Where copies run beside compute, a stage moves at least this much: below it, enqueueing takes about as long as moving.
@@ -55,7 +56,7 @@ class PagedUpload:
 
     def __init__(
         self,
-        blocks: Sequence[tuple[memoryview, int]],
+        blocks: Sequence[tuple[UploadSource, int]],
         stages: tuple[tuple[int, int], ...],
         accelerator: Accelerator,
         wait_timeout_s: float,
@@ -114,6 +115,10 @@ def _wide(layer: torch.Tensor) -> torch.Tensor:
         if times and not any(one % times for one in (*layer.stride()[:-1], layer.shape[-1], layer.storage_offset())):
             return layer.view(dtype)
     return layer
+
+
+def _address_of(source: UploadSource) -> int:
+    return source.address if isinstance(source, DeviceBlock) else address_of(source)
 
 
 class PagedKV:
@@ -200,13 +205,13 @@ class PagedKV:
         if self._locked.pop(address, None) is not None:
             self.accelerator.unlock(address)
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], layerwise: bool) -> PagedUpload:
-        """Prepare the upload of full blocks `(host bytes, page)`. With `layerwise`, layer 0 of all blocks goes first,
+    def start_upload(self, blocks: Sequence[tuple[UploadSource, int]], layerwise: bool) -> PagedUpload:
+        """Prepare the upload of full blocks `(bytes, page)`. With `layerwise`, layer 0 of all blocks goes first,
         then layer 1, and so on; without it whole blocks go, which is cheaper when nothing waits for a layer."""
         size = self.layout.full_block_bytes
-        for host, page in blocks:
-            if host.nbytes < size:
-                raise ValueError(f"a block to upload has {host.nbytes} bytes; a full block has {size}")
+        for source, page in blocks:
+            if source.nbytes < size:
+                raise ValueError(f"a block to upload has {source.nbytes} bytes; a full block has {size}")
             self._check_page(page)
         stages = self._layer_stages(len(blocks)) if layerwise else ((0, self.layout.layers),)
         return PagedUpload(tuple(blocks), stages, self.accelerator, self._wait_timeout_s)
@@ -229,12 +234,12 @@ class PagedKV:
         """Enqueue a group, a batched copy for each of its stages; `end_upload` waits for it. Those who wait for its
         layers learn of a failure, and nothing of it is under way when this raises."""
         try:
-            hosts = np.array([address_of(host) for host, _ in group.blocks], np.int64)
+            sources = np.array([_address_of(source) for source, _ in group.blocks], np.int64)
             pages = self._addresses([page for _, page in group.blocks])
             for first, end in group.stages:
                 begin = self.layout.layer_offsets[first]
                 size = self.layout.layer_offsets[end - 1] + self.layout.layer_block_bytes(end - 1) - begin
-                group.stage_done(self._uploads.enqueue(descriptors_of(pages + begin, hosts + begin, size)))
+                group.stage_done(self._uploads.enqueue(descriptors_of(pages + begin, sources + begin, size)))
         except BaseException as error:
             group.fail(error)
             raise

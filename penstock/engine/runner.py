@@ -41,6 +41,17 @@ class SamplingParams:
         return own if self.ignore_eos else own | eos_token_ids
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBlock:
+    """A full block that lies in memory of the device already, outside of L1."""
+
+    address: int
+    nbytes: int
+
+
+UploadSource = memoryview | DeviceBlock
+
+
 class UploadGroup(Protocol):
     """Blocks that are uploaded together, layer by layer; compute of a layer waits only for that layer."""
 
@@ -105,8 +116,8 @@ class ModelRunner(Protocol):
     def end_upload(self, group: UploadGroup) -> None:
         """The second half of `upload`: wait until the bytes are in L1."""
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
-        """Prepare the upload of full blocks `(host bytes, page)`; returns at once, before any byte has moved. Without
+    def start_upload(self, blocks: Sequence[tuple[UploadSource, int]], followed: bool = True) -> UploadGroup:
+        """Prepare the upload of full blocks `(bytes, page)`; returns at once, before any byte has moved. Without
         `followed` nobody gains by layers that come one by one."""
 
     def upload(self, group: UploadGroup) -> None:

@@ -18,6 +18,7 @@ from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.new_block import BLOCK_BYTES_MAX, MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.core.pool.copies import is_copy
+from penstock.pool.device_twin import DeviceTwin
 
 AMOUNT_MAX = 1 << 62
 FIGURE_MAX = 1e18
@@ -168,8 +169,9 @@ class Pool(Protocol):
     """Blocks of KV cache by key, stored on members. Sizes are in bytes, deadlines in seconds from the call; `done` is
     called exactly once, from any thread, and must not block."""
 
-    def register(self, buffer: memoryview) -> None:
-        """Announce the staging memory that reads will target and writes will come from (page-aligned)."""
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
+        """Announce the staging memory that reads will target and writes will come from (page-aligned). Blocks that are
+        read one-sided into it may land in its twin on a device instead (`pool.device_twin`)."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Where each block lies, None for a miss. Counts as a use of each block found. Raises PoolError when the pool

@@ -8,6 +8,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Lease, Located, Pool, PoolStat, ReadCheck
 from penstock.pool.block_size import expect_blocks
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.spans import read_each, write_each
 
 
@@ -26,9 +27,9 @@ class WrappedPool:
         """Prepare for blocks of this size in bytes; notes for the log."""
         return expect_blocks(self._inner, block_bytes)
 
-    def register(self, buffer: memoryview) -> None:
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
         """Announce staging memory to the wrapped pool."""
-        self._inner.register(buffer)
+        self._inner.register(buffer, twin)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Look blocks up in the wrapped pool."""

@@ -194,7 +194,9 @@ class ProcessMetrics(Collector):
             "penstock_pool_losses", "Loads, saves and other requests to the pool that failed", labels=["kind"]
         )
         read = CounterMetricFamily(
-            "penstock_pool_read_bytes", "Bytes read from pool nodes, in messages or one-sided", labels=["way"]
+            "penstock_pool_read_bytes",
+            "Bytes read from pool nodes: in messages, one-sided, or into device memory",
+            labels=["way"],
         )
         written = CounterMetricFamily(
             "penstock_pool_written_bytes", "Bytes written to pool nodes, in messages or one-sided", labels=["way"]

@@ -13,9 +13,10 @@ from penstock.core.config import SchedulerConfig
 from penstock.core.cost import ComputeCost, CostModel
 from penstock.core.new_block import NewBlock
 from penstock.core.operations import ChunkOutcome
+from penstock.device.accelerator import Accelerator
 from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
-from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup, UploadSource
 from penstock.pool.api import Done, Lease, Located, Pool, PoolError, ReadCheck
 from penstock.pool.wrapped import WrappedPool
 from tests.asking import WAIT_S, Answer, wait_until
@@ -62,7 +63,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def serving(runner: ModelRunner, pool: Pool | None, settle: bool = True, **settings: Any) -> Iterator[Rig]:
+def serving(
+    runner: ModelRunner, pool: Pool | None, settle: bool = True, lands_on: Accelerator | None = None, **settings: Any
+) -> Iterator[Rig]:
     """An engine with nothing in L1 (its scheduler core is new). The runner must hold `l1_pages` pages."""
     given: dict[str, Any] = {"l1_pages": 64, "l2_slots": 16, "max_batch_tokens": 64} | settings
     config = SchedulerConfig(
@@ -71,7 +74,7 @@ def serving(runner: ModelRunner, pool: Pool | None, settle: bool = True, **setti
         pool=pool is not None,
         **given,
     )
-    engine = Engine(config, CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-5, 1e-9)), runner, pool)
+    engine = Engine(config, CostModel(LinkCost(1e9), ComputeCost(1e-3, 1e-5, 1e-9)), runner, pool, lands_on=lands_on)
     rig = Rig(engine)
     try:
         yield rig
@@ -204,7 +207,7 @@ class WatchedRunner:
             self.fail_next[call] -= 1
             raise RuntimeError(f"injected failure of {call}")
 
-    def start_upload(self, blocks: Sequence[tuple[memoryview, int]], followed: bool = True) -> UploadGroup:
+    def start_upload(self, blocks: Sequence[tuple[UploadSource, int]], followed: bool = True) -> UploadGroup:
         self._maybe_fail("start_upload")
         return self.inner.start_upload(blocks, followed)
 

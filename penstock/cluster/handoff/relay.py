@@ -20,6 +20,7 @@ from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.callbacks import call_done
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.losses import count_loss
 from penstock.pool.net import wire
 from penstock.pool.net.node import PoolNode
@@ -359,7 +360,7 @@ class _BufferBackend:
         self._buffer = buffer
         self.block_bytes_max = buffer.block_bytes
 
-    def register(self, buffer: memoryview) -> None:
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
         """Do nothing: the buffer moves no bytes itself."""
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:

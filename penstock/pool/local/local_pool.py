@@ -17,6 +17,7 @@ from penstock.core.pool.quota import TenantQuotas
 from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.block import Block
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.local.drain import Drain
 from penstock.pool.local.pinned_block import OpenBlock, PinnedBlock
 from penstock.pool.local.row_batches import Found
@@ -82,8 +83,8 @@ class LocalPool:
 
     # --- the interface ---
 
-    def register(self, buffer: memoryview) -> None:
-        """Announce staging memory to every member, also to those that are added later."""
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
+        """Announce staging memory to every member, also to those that are added later. Nothing lands in its twin."""
         with self._lock:
             self._registered.append(buffer)
             members = list(self.members)

@@ -22,9 +22,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from penstock.core.pool.way_health import OFF_S, WayHealth
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.io.regions import Regions
 from penstock.pool.api import PoolError
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.losses import note_loss
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
@@ -85,6 +87,11 @@ class MemoryAttachment:
         self._buffers: list[memoryview] = []
         self._registered = Regions()
         self._registrations: list[Any] = []
+        self._twins: list[DeviceTwin] = []  # kept: their memory may be registered
+        self._twin: DeviceTwin | None = None  # the last one, once it is registered
+        self._twin_memory: Attached | None = None  # of which something was read into the twin
+        self._twin_health = WayHealth()
+        self._twin_why_not = "nothing was read into it yet"
         self._agent: OneSidedAgent | None = None
         self._attached: Attached | None = None
         self._attaching = False
@@ -111,8 +118,15 @@ class MemoryAttachment:
             if self._health.off(time.monotonic()):
                 return f"off: {self._why_not}"
             if self._usable() is not None and self._agent is not None:
-                return self._agent.transport
+                return self._agent.transport + self._twin_state()
             return f"off: {self._why_not}"
+
+    def _twin_state(self) -> str:
+        if not self._twins:
+            return ""
+        if self._twin_usable() is not None:
+            return ", into device memory"
+        return f", not into device memory: {self._twin_why_not}"
 
     @property
     def closed(self) -> bool:
@@ -125,12 +139,27 @@ class MemoryAttachment:
         with self._lock:
             return self._usable()
 
-    def register(self, buffer: memoryview) -> None:
-        """Blocks will be read into this memory, or written from it."""
+    @property
+    def twin(self) -> DeviceTwin | None:
+        """Where blocks may land instead of in the host's memory now; None: nowhere."""
+        with self._lock:
+            return self._twin_usable()
+
+    def _twin_usable(self) -> DeviceTwin | None:
+        """As `twin`; the lock is held."""
+        usable = self._twin_memory is not None and self._twin_memory is self._usable()
+        return self._twin if usable and not self._twin_health.off(time.monotonic()) else None
+
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
+        """Blocks will be read into this memory, or written from it. Of several twins the last one is used."""
         with self._lock:
             self._buffers.append(buffer)
+            if twin is not None:
+                self._twins.append(twin)
             if self._agent is not None:
                 self._tasks.append(partial(self._register, buffer))
+                if twin is not None:
+                    self._tasks.append(self._register_twin)
                 self._changed.notify()
             self._want_attach()
 
@@ -216,6 +245,21 @@ class MemoryAttachment:
         if detach or turned_off:
             self.detach(str(error), at_once=not turned_off)
 
+    def twin_succeeded(self) -> None:
+        """A block on the device was as it was sent."""
+        self._twin_health.succeeded()
+
+    def twin_failed(self, error: PoolError) -> None:
+        """Count a block that was not, or could not be verified there; after several in a row none lands there for a
+        while."""
+        place = self._link.place
+        note_loss(f"device_memory_{error.reason}", place, "%s: not into device memory: %s", place, error)
+        with self._lock:
+            self._twin_why_not = str(error)
+            turned_off = self._twin_health.failed(time.monotonic())
+        if turned_off:
+            log.warning("%s: blocks go through the host's memory for %g s", place, OFF_S)
+
     def detach(self, why: str, at_once: bool) -> None:
         """Begin no more transfers of the attached memory. The peer is removed with the next one, or at the end:
         transfers may be under way. `at_once`: attach it again when it is wanted next."""
@@ -227,11 +271,19 @@ class MemoryAttachment:
 
     # --- on the thread ---
 
-    def begin(self, operation: Operation, attached: Attached, spans: Sequence[Span], ended: Ended) -> None:
-        """Begin a transfer; `ended` is called once, on the thread, possibly before this returns."""
+    def begin(
+        self,
+        operation: Operation,
+        attached: Attached,
+        spans: Sequence[Span],
+        ended: Ended,
+        local: DeviceMemory | None = None,
+    ) -> None:
+        """Begin a transfer, from or to the host's memory or `local`; `ended` is called once, on the thread, possibly
+        before this returns."""
         try:
             assert self._agent is not None
-            transfer = self._agent.begin(operation, attached.peer, spans)
+            transfer = self._agent.begin(operation, attached.peer, spans, local)
             if not transfer.ended():
                 self._transfers.append((transfer, ended))
                 return
@@ -338,6 +390,7 @@ class MemoryAttachment:
                     buffers = list(self._buffers)
                 for buffer in buffers:
                     self._register(buffer)
+                self._register_twin()
             made = Attached(None, NO_MEMORY, node.node_id, connection if self._agent.peers_of_connection else None)
             message = wire.Attach(self._link.next_id(), b"", node.one_sided, self._agent.request(), 0.0)
 
@@ -399,6 +452,51 @@ class MemoryAttachment:
         self._probe = None
         with self._lock:
             self._attached, self._attaching = attached, False
+        self._probe_twin(attached)
+
+    def _register_twin(self) -> None:
+        """On the thread: without its twin, memory is used all the same."""
+        with self._lock:
+            twin, agent = next(reversed(self._twins), None), self._agent
+            known, self._twin, self._twin_memory = self._twin, None, None
+        if twin is None or agent is None:
+            return
+        try:
+            twin.use()
+            made = agent.register(twin.memory, "local") if twin is not known else None
+        except (PoolError, RuntimeError) as error:
+            self._no_twin(error)
+            return
+        with self._lock:
+            self._twin = twin
+            if made is not None:
+                self._registrations.append(made)
+            attached = self._usable()
+        if attached is not None:
+            self._probe_twin(attached)
+
+    def _probe_twin(self, attached: Attached) -> None:
+        """On the thread: blocks land in the twin once something of the node's memory did."""
+        twin, region = self._twin, attached.memory.regions[0]
+        if twin is None:
+            return
+
+        def ended(error: PoolError | None) -> None:
+            if error is not None:
+                self._no_twin(error)
+                return
+            with self._lock:
+                if self._twin is twin:
+                    self._twin_memory = attached
+
+        span = twin.scratch, region.address, min(PROBE_BYTES, region.size_bytes)
+        self.begin("READ", attached, [span], ended, twin.memory)
+
+    def _no_twin(self, error: Exception) -> None:
+        place = self._link.place
+        note_loss("device_memory_not_used", place, "%s: blocks go through the host's memory: %s", place, error)
+        with self._lock:
+            self._twin_why_not = str(error)
 
     def _not_attached(self, error: Exception) -> None:
         note_loss("one_sided_not_attached", self._link.place, "%s: blocks travel in messages: %s",
@@ -438,6 +536,7 @@ class MemoryAttachment:
             attached, self._attached = self._attached, None
             registrations, self._registrations = self._registrations, []
             self._registered.clear()
+            self._twin = self._twin_memory = None
         assert agent is not None
         if attached is not None:
             agent.remove_peer(attached.peer)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from penstock.core.config import ConfigError
 from penstock.framing import said
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of
 from penstock.pool.api import PoolError
 from penstock.pool.net.one_sided_agent import Access, Operation, RdmaTransport, Span
@@ -53,13 +54,17 @@ class NixlAgent:
             raise ConfigError(f"NIXL's agent does not start: {said(error)}") from None
         self._lock = threading.Lock()
 
-    def register(self, memory: memoryview, access: Access = "read") -> Any:
+    def register(self, memory: memoryview | DeviceMemory, access: Access = "read") -> Any:
         """Register memory; peers may read and write it, whatever `access` says."""
+        if isinstance(memory, memoryview):
+            memory = DeviceMemory(address_of(memory), len(memory), "DRAM")
         try:
             with self._lock:
-                return self._agent.register_memory([(address_of(memory), len(memory), 0, "")], "DRAM")
+                part = (memory.address, memory.size_bytes, memory.index, "")
+                return self._agent.register_memory([part], memory.segment)
         except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
-            raise PoolError("device", f"NIXL cannot register {len(memory)} bytes of memory: {said(error)}") from None
+            what = f"{memory.size_bytes} bytes of {'the GPU' if memory.segment == 'VRAM' else 'memory'}"
+            raise PoolError("device", f"NIXL cannot register {what}: {said(error)}") from None
 
     def deregister(self, registration: Any) -> None:
         """As the contract says."""
@@ -99,14 +104,17 @@ class NixlAgent:
         except Exception as error:  # noqa: BLE001 (the peer may have ended already)
             log.info("NIXL: %s was gone already: %s", name, error)
 
-    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
+    def begin(
+        self, operation: Operation, peer: Any, spans: Sequence[Span], local: DeviceMemory | None = None
+    ) -> NixlTransfer:
         """As the contract says."""
+        segment, index = ("DRAM", 0) if local is None else (local.segment, local.index)
         try:
             with self._lock:
                 agent = self._agent
-                local = agent.get_xfer_descs([(here, size, 0) for here, _, size in spans], "DRAM")
-                remote = agent.get_xfer_descs([(there, size, 0) for _, there, size in spans], "DRAM")
-                handle = agent.initialize_xfer(operation, local, remote, peer, b"")
+                ours = agent.get_xfer_descs([(here, size, index) for here, _, size in spans], segment)
+                theirs = agent.get_xfer_descs([(there, size, 0) for _, there, size in spans], "DRAM")
+                handle = agent.initialize_xfer(operation, ours, theirs, peer, b"")
                 state = agent.transfer(handle)
         except Exception as error:  # noqa: BLE001 (the binding raises types of its own)
             raise PoolError("network", f"NIXL could not begin a {operation}: {said(error)}") from None

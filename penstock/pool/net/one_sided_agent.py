@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
+from penstock.io.device_memory import DeviceMemory
+
 RdmaTransport = Literal["nixl", "verbs"]
 RDMA_TRANSPORTS: tuple[RdmaTransport, ...] = get_args(RdmaTransport)  # each needs the extra of its name
 
@@ -40,9 +42,10 @@ class OneSidedAgent(Protocol):
     def peers_of_connection(self) -> bool:
         """Whether a node forgets a client with the connection that attached it."""
 
-    def register(self, memory: memoryview, access: Access = "read") -> Any:
+    def register(self, memory: memoryview | DeviceMemory, access: Access = "read") -> Any:
         """Register memory for transfers; returns the registration. `access`: what peers may do with it at least. Raises
-        PoolError("device"), as where the process may not lock so much memory."""
+        PoolError("device"), as where the process may not lock so much memory, or the cards cannot reach the device's.
+        """
 
     def deregister(self, registration: Any) -> None:
         """Undo `register`; a failure is logged."""
@@ -63,9 +66,11 @@ class OneSidedAgent(Protocol):
     def remove_peer(self, peer: Any) -> None:
         """Forget a node; no transfer of it may be open."""
 
-    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> OneSidedTransfer:
-        """Begin to read parts of a node's registered memory into registered memory, or to write them from it. Raises
-        PoolError("network")."""
+    def begin(
+        self, operation: Operation, peer: Any, spans: Sequence[Span], local: DeviceMemory | None = None
+    ) -> OneSidedTransfer:
+        """Begin to read parts of a node's registered memory into registered memory, or to write them from it. All local
+        addresses are the host's, or of `local`. Raises PoolError("network")."""
 
     def close(self) -> None:
         """Release its devices; it has no peer and no registered memory any more."""

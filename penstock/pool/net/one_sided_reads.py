@@ -1,4 +1,5 @@
-"""A client's side of one-sided reads from a pool node: it has blocks lent, reads them, and verifies them.
+"""A client's side of one-sided reads from a pool node: it has blocks lent, reads them, and verifies them; on a device,
+where they landed in its memory (`pool.device_twin`).
 
 Reads that are submitted while others are being lent travel together, as one LendMany. Every block is verified, by the
 same check as one that came in a message. A read that fails, or whose bytes do not pass the check, is made again in
@@ -12,6 +13,7 @@ Verification: tests/pool/net/test_one_sided_reads.py, tests/pool/net/test_one_si
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -24,13 +26,14 @@ from typing import Any
 from penstock.core.keys import BlockKey
 from penstock.io.memory import address_of
 from penstock.pool.api import PoolError, ReadCheck
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.losses import note_error
 from penstock.pool.mac import check_of
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
 from penstock.pool.net.memory_attachment import MemoryAttachment
 from penstock.pool.net.one_sided_agent import Span
-from penstock.pool.net.ways import ONE_SIDED, count_read
+from penstock.pool.net.ways import DEVICE, ONE_SIDED, count_read
 from penstock.process.guarded_thread import GuardedWorker
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,8 @@ class BlockRead:
     taken: bool = False  # its end, or its way on in messages, has been decided
     counted: bool = False  # its bytes are among those that are being lent or read
     ahead: bool = False  # nor have they arrived
+    twin: DeviceTwin | None = None  # where it lands, in place of `into`
+    landing: int = 0  # its address there
 
 
 _Lent = tuple[BlockRead, wire.LentBlock]
@@ -177,7 +182,7 @@ class OneSidedReads:
 
     def _post(self, blocks: list[_Lent], epoch: int) -> None:
         """Read blocks that were lent; end those that were not, or read them in messages."""
-        attached = self._memory.attached
+        attached, twin = self._memory.attached, self._memory.twin
         readable: list[tuple[_Lent, Span]] = []
         refused: list[BlockRead] = []
         unused: list[int] = []
@@ -186,7 +191,7 @@ class OneSidedReads:
             if lent.lease and attached is not None and epoch == attached.memory.epoch:
                 there = attached.address(lent.region, lent.offset, one.size_bytes)
             if there is not None and not self._expired(one):
-                readable.append(((one, lent), (address_of(one.into), there, one.size_bytes)))
+                readable.append(((one, lent), (_land(one, twin), there, one.size_bytes)))
                 continue
             if lent.lease:
                 unused.append(lent.lease)
@@ -199,11 +204,15 @@ class OneSidedReads:
         if attached is not None and epoch > attached.memory.epoch:
             self._memory.detach("the node's memory has changed", at_once=True)
         self._give_up(refused)
+        readable.sort(key=lambda block: block[0][0].twin is not None)  # a transfer is into memory of one kind
         while readable and attached is not None:
-            count = _together((span[2] for _, span in readable), TRANSFER_BYTES)
+            lands = readable[0][0][0].twin
+            alike = itertools.takewhile(lambda block: block[0][0].twin is lands, readable)  # noqa: B023 (used at once)
+            count = _together((span[2] for _, span in alike), TRANSFER_BYTES)
             some, readable = readable[:count], readable[count:]
-            lent_blocks = [block for block, _ in some]
-            self._memory.begin("READ", attached, [span for _, span in some], partial(self._arrived, lent_blocks))
+            ended = partial(self._arrived, [block for block, _ in some])
+            local = lands.memory if lands is not None else None
+            self._memory.begin("READ", attached, [span for _, span in some], ended, local)
 
     def _expired(self, one: BlockRead) -> bool:
         """Whether the block must not be read any more: its deadline has passed. Else its transfer ends it."""
@@ -226,7 +235,8 @@ class OneSidedReads:
                 self._on_in_messages(one)
             return
         while blocks:
-            count = _together((one.size_bytes for one, _ in blocks), VERIFY_BYTES)
+            together_bytes = VERIFY_BYTES if blocks[0][0].twin is None else TRANSFER_BYTES  # on the device by one call
+            count = _together((one.size_bytes for one, _ in blocks), together_bytes)
             some, blocks = blocks[:count], blocks[count:]
             if not self._on_worker(partial(self._verify_some, some), partial(self._not_verified, some)):
                 self._verify_some(some)
@@ -256,6 +266,9 @@ class OneSidedReads:
 
     def _verify_some(self, blocks: list[_Lent]) -> None:
         self._lend_next()  # here, as the attachment's thread copies the next blocks
+        if (twin := blocks[0][0].twin) is not None:
+            self._verify_landed(twin, blocks)
+            return
         for one, lent in blocks:
             try:
                 self._verify(one, lent)
@@ -271,18 +284,41 @@ class OneSidedReads:
         check = one.check or check_of(None, one.key)
         error = check(one.into[: one.size_bytes], lent.checksum, lent.mac)
         if error is None:
-            self._memory.succeeded()
-            if time.monotonic() > one.deadline_s:
-                error = PoolError("deadline", "a one-sided read ended after its deadline")
-            else:
-                count_read(ONE_SIDED, one.size_bytes)
-            self._finish(one, lent.checksum, lent.mac, error)
+            self._verified(one, lent)
         elif error.reason == "mac":
             self._link.tell(wire.Corrupt(one.key, lent.checksum, lent.mac, True))
             self._finish(one, lent.checksum, lent.mac, error)
         else:  # the memory was used again, or the node is another one; in messages, damage is found out
             self._memory.failed(error, detach=False)
             self._on_in_messages(one)
+
+    def _verified(self, one: BlockRead, lent: wire.LentBlock) -> None:
+        self._memory.succeeded()
+        error = None
+        if time.monotonic() > one.deadline_s:
+            error = PoolError("deadline", "a one-sided read ended after its deadline")
+        else:
+            count_read(ONE_SIDED if one.twin is None else DEVICE, one.size_bytes)
+            if one.twin is not None:
+                one.twin.landed(one.into)
+        self._finish(one, lent.checksum, lent.mac, error)
+
+    def _verify_landed(self, twin: DeviceTwin, blocks: list[_Lent]) -> None:
+        """Verify blocks on the device. One that does not pass, or cannot be verified there, comes in messages."""
+        try:
+            found = twin.checksums([one.landing for one, _ in blocks], [one.key for one, _ in blocks])
+        except RuntimeError as error:
+            self._memory.twin_failed(PoolError("device", f"blocks could not be verified there: {error}"))
+            for one, _ in blocks:
+                self._on_in_messages(one)
+            return
+        for (one, lent), checksum in zip(blocks, found, strict=True):
+            if checksum == lent.checksum:
+                self._memory.twin_succeeded()
+                self._verified(one, lent)
+            else:
+                self._memory.twin_failed(PoolError("checksum", f"block {one.key.hex()} does not match its checksum"))
+                self._on_in_messages(one)
 
     # --- ends ---
 
@@ -339,6 +375,16 @@ class OneSidedReads:
         self.end_waiting()
         if self._verifying is not None:
             self._verifying.close(timeout_s)
+
+
+def _land(one: BlockRead, twin: DeviceTwin | None) -> int:
+    """The local address that a block is read to: on the device where it has a place and no check of its own, which is
+    the host's to make."""
+    place = twin.place(one.into, one.size_bytes) if twin is not None and one.check is None else None
+    if place is None:
+        return address_of(one.into)
+    one.twin, one.landing = twin, place
+    return place
 
 
 def _together(sizes: Iterable[int], at_most: int) -> int:

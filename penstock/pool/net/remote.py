@@ -18,6 +18,7 @@ from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Done, DoneMany, Located, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done
 from penstock.pool.checksum import block_checksum
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.losses import note_error
 from penstock.pool.net import wire
 from penstock.pool.net.link import NodeLink
@@ -114,10 +115,10 @@ class RemotePool:
         """How blocks travel one-sided (`rdma`, `shared memory`), or "off: " and why they do not."""
         return self._memory.state
 
-    def register(self, buffer: memoryview) -> None:
-        """Have blocks read into this memory, and written from it, one-sided where the node offers it; sockets need no
-        registration."""
-        self._memory.register(buffer)
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
+        """Have blocks read into this memory or its twin, and written from it, one-sided where the node offers it;
+        sockets need no registration."""
+        self._memory.register(buffer, twin)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask the node where blocks lie. Raises PoolError when it does not answer in time."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from penstock.core.config import ConfigError
 from penstock.framing import ProtocolError, said
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of
 from penstock.io.regions import Regions
 from penstock.pool.api import PoolError
@@ -77,21 +78,26 @@ class VerbsAgent:
         self._offered: list[_QueuePair] = []  # of the latest `request`
         self._open: dict[int, tuple[VerbsTransfer, _QueuePair]] = {}  # by the number of a request to a card
 
-    def register(self, memory: memoryview, access: Access = "read") -> _Registration:
-        """Register memory with every device; `access` is all that peers may do."""
+    def register(self, memory: memoryview | DeviceMemory, access: Access = "read") -> _Registration:
+        """Register memory with every device; `access` is all that peers may do. Memory of a GPU needs nvidia-peermem in
+        the kernel."""
+        if isinstance(memory, memoryview):
+            memory = DeviceMemory(address_of(memory), len(memory), "DRAM")
         flags = self._verbs.AccessFlags
         allowed = {
             "local": flags.LOCAL_WRITE,
             "read": flags.REMOTE_READ,
             "write": flags.LOCAL_WRITE | flags.REMOTE_READ | flags.REMOTE_WRITE,
         }[access]
-        made = _Registration(address_of(memory), len(memory))
+        made = _Registration(memory.address, memory.size_bytes)
         try:
             for device in self._devices:
                 made.regions.append(keep(device.domain.reg_mr(made.address, made.size_bytes, int(allowed))))
         except OSError as error:
             made.close()
-            raise PoolError("device", f"{len(memory)} bytes of memory cannot be registered: {said(error)}") from None
+            raise PoolError(
+                "device", f"{memory.size_bytes} bytes of memory cannot be registered: {said(error)}"
+            ) from None
         with self._lock:
             number = next(self._numbers)
             self._registrations[number] = made
@@ -189,8 +195,10 @@ class VerbsAgent:
 
     # --- transfers ---
 
-    def begin(self, operation: Operation, peer: _Peer, spans: Sequence[Span]) -> VerbsTransfer:
-        """As the contract says."""
+    def begin(
+        self, operation: Operation, peer: _Peer, spans: Sequence[Span], local: DeviceMemory | None = None
+    ) -> VerbsTransfer:
+        """As the contract says; a card needs no other address for a GPU's memory."""
         verbs = self._verbs
         opcode = int(verbs.WROpcode.RDMA_READ if operation == "READ" else verbs.WROpcode.RDMA_WRITE)
         signaled = int(verbs.SendFlags.SIGNALED)
@@ -199,13 +207,13 @@ class VerbsAgent:
             if peer.ended:
                 raise PoolError("network", peer.ended)
             places = [self._places_of(peer, span) for span in spans]
-            for (here, there, size_bytes), (local, remote) in zip(spans, places, strict=True):
+            for (here, there, size_bytes), (ours, theirs) in zip(spans, places, strict=True):
                 for at in range(0, size_bytes, peer.request_bytes):
                     queue = peer.next_queue()
                     part_bytes = min(peer.request_bytes, size_bytes - at)
-                    part = verbs.SGE(here + at, part_bytes, local.regions[queue.rail].lkey)
+                    part = verbs.SGE(here + at, part_bytes, ours.regions[queue.rail].lkey)
                     number = next(self._numbers)
-                    key = remote.keys[queue.rail]
+                    key = theirs.keys[queue.rail]
                     queue.waiting.append(verbs.SendWR(number, [part], opcode, signaled, there + at, key))
                     self._open[number] = transfer, queue
                     transfer.left += 1

@@ -1,5 +1,5 @@
-"""The ways by which blocks travel between pool nodes and this process: in messages, or one-sided; as metrics show
-them."""
+"""The ways by which blocks travel between pool nodes and this process: in messages, one-sided, or one-sided into a
+device's memory; as metrics show them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 
 from penstock.process.kind_counts import KindCounts
 
-MESSAGES, ONE_SIDED = "messages", "one-sided"
+MESSAGES, ONE_SIDED, DEVICE = "messages", "one-sided", "device"
 
 _read_bytes, _written_bytes = KindCounts(), KindCounts()
 _links: weakref.WeakValueDictionary[str, Way] = weakref.WeakValueDictionary()
@@ -30,7 +30,7 @@ def count_read(way: str, size_bytes: int) -> None:
 
 
 def read_bytes() -> dict[str, int]:
-    """Bytes read from pool nodes since the process started, by way."""
+    """Bytes read from pool nodes since the process started, by way; "device" only where blocks landed there."""
     return {MESSAGES: 0, ONE_SIDED: 0} | _read_bytes.so_far()
 
 

@@ -26,6 +26,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.losses import note_error, note_loss
 from penstock.pool.node_backend import BlockOrigin, NodeBackend, OpenedBlock
 from penstock.pool.spans import Gather, PartEnded
@@ -124,10 +125,10 @@ class UnionPool:
         """Whether any child can be used now."""
         return any(child.up for child in self._children.all)
 
-    def register(self, buffer: memoryview) -> None:
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
         """Announce staging memory to every child."""
         for child in self._children.all:
-            child.pool.register(buffer)
+            child.pool.register(buffer, twin)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask all children at once, of many only the owners of the blocks; each block's best place, None where no child

@@ -131,10 +131,13 @@ class OneSidedRig:
 
 @contextlib.contextmanager
 def counted(count: Callable[[], dict[str, int]] = ways.read_bytes) -> Iterator[dict[str, int]]:
-    """Bytes that are read in the context from pool nodes (or what else `count` says), by way; known at its end."""
+    """Bytes that are read in the context from pool nodes (or what else `count` says), by way; known at its end.
+    "device" is there only where bytes came that way."""
     before, found = count(), dict[str, int]()
     yield found
-    found.update({way: bytes_now - before[way] for way, bytes_now in count().items()})
+    found.update({way: bytes_now - before.get(way, 0) for way, bytes_now in count().items()})
+    if not found.get(ways.DEVICE, 1):
+        del found[ways.DEVICE]
 
 
 def counted_writes() -> contextlib.AbstractContextManager[dict[str, int]]:

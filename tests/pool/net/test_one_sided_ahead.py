@@ -49,6 +49,7 @@ class Memory:
         self.attached = SimpleNamespace(memory=SimpleNamespace(epoch=0), address=lambda region, offset, size: offset)
         self.under_way: list[Callable[[PoolError | None], None]] = []
         self.failures = self.verified = 0
+        self.twin = None
 
     def watch(self, watcher: object) -> None:
         pass
@@ -75,7 +76,7 @@ class Memory:
     def failed(self, error: PoolError, detach: bool) -> None:
         self.failures += 1
 
-    def begin(self, operation: str, attached: object, spans: Sequence[object], ended: Any) -> None:
+    def begin(self, operation: str, attached: object, spans: Sequence[object], ended: Any, local: object) -> None:
         self.under_way.append(ended)
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from penstock.bench.processes import POOL_READY, ReadyProcess
 from penstock.cli import app
+from penstock.io.device_memory import DeviceMemory
 from penstock.pool.api import PoolError
 from penstock.pool.local.local_pool import LocalPool
 from penstock.pool.net import memory_attachment, wire
@@ -40,10 +41,12 @@ class Faulty(NixlAgent):
     before: Any = None
     around: Any = None
 
-    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
+    def begin(
+        self, operation: Operation, peer: Any, spans: Sequence[Span], local: DeviceMemory | None = None
+    ) -> NixlTransfer:
         if Faulty.before is not None:
             Faulty.before()
-        found = super().begin(operation, peer, spans)
+        found = super().begin(operation, peer, spans, local)
         return found if Faulty.around is None else Faulty.around(found)
 
 

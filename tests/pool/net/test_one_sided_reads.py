@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from penstock.extras import EXTRAS
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.io.numa import numa_nodes
 from penstock.pool.api import PoolError
@@ -141,7 +142,7 @@ def test_a_client_without_nixl_reads_in_messages_and_says_so(
 class NoMemory(NixlAgent):
     """An agent on a host where no memory may be locked."""
 
-    def register(self, memory: memoryview, access: Access = "read") -> object:
+    def register(self, memory: memoryview | DeviceMemory, access: Access = "read") -> object:
         raise PoolError("device", "Cannot allocate memory")
 
 

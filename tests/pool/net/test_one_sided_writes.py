@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.checksum import block_checksum
@@ -39,10 +40,12 @@ class Faulty(NixlAgent):
     before: Any = None
     around: Any = None
 
-    def begin(self, operation: Operation, peer: Any, spans: Sequence[Span]) -> NixlTransfer:
+    def begin(
+        self, operation: Operation, peer: Any, spans: Sequence[Span], local: DeviceMemory | None = None
+    ) -> NixlTransfer:
         if operation == "WRITE" and Faulty.before is not None:
             Faulty.before()
-        found = super().begin(operation, peer, spans)
+        found = super().begin(operation, peer, spans, local)
         return found if operation == "READ" or Faulty.around is None else Faulty.around(found)
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.node_backend import BlockOrigin
 from penstock.pool.union.child import BlockEnded
 
@@ -130,7 +131,7 @@ class MemoryNode:
     def measure_bytes_per_s(self, budget_s: float) -> float:
         return self.read_bytes_per_s
 
-    def register(self, buffer: memoryview) -> None:
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
         """Nothing is read one-sided."""
 
     def lease(self, key: BlockKey) -> None:
