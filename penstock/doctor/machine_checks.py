@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from penstock.doctor.check import Check
 from penstock.doctor.machine import Machine
-from penstock.doctor.rdma_checks import check_one_sided_reads
+from penstock.doctor.rdma_checks import check_gpu_direct, check_one_sided_reads
 from penstock.extras import EXTRAS, missing_modules
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -300,6 +300,7 @@ CHECKS: tuple[Callable[[Machine], Check], ...] = (
     check_tcp_buffers,
     check_rdma,
     check_one_sided_reads,
+    check_gpu_direct,
     check_open_files,
     check_shared_memory,
     check_loopback,

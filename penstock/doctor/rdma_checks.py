@@ -1,4 +1,5 @@
-"""What a host with an RDMA device lacks for one-sided reads of pool nodes (`penstock pool --rdma`)."""
+"""What a host with an RDMA device lacks for one-sided reads of pool nodes (`penstock pool --rdma`), into its memory or
+that of its GPUs (`penstock serve --gpu-direct`)."""
 
 from __future__ import annotations
 
@@ -34,6 +35,21 @@ def check_one_sided_reads(machine: Machine) -> Check:
         hint = "on RoCE, PFC or ECN on the switch keeps packets from being lost: see penstock fabric"
         return Check(name, "ok", f"ready on {', '.join(devices)}", hint)
     return Check(name, "note", "; ".join(what for what, _ in lacks), "; ".join(dict.fromkeys(how for _, how in lacks)))
+
+
+def check_gpu_direct(machine: Machine) -> Check:
+    """What cards need to write into the memory of NVIDIA's GPUs: a module of the kernel, or dma-buf."""
+    name = "gpudirect rdma"
+    cards, gpus = machine.names("sys/class/infiniband"), machine.names("proc/driver/nvidia/gpus")
+    if not cards or not gpus:
+        return Check(name, "ok", "no RDMA device beside a GPU of NVIDIA's: blocks go through the host's memory")
+    hint = "serve --gpu-direct; nvidia-smi topo -m shows which card is beside which GPU (PIX, PXB)"
+    if machine.names("sys/module", "nvidia_peermem"):
+        return Check(name, "ok", "nvidia-peermem is loaded", hint)
+    if "Open Kernel Module" in (machine.text("proc/driver/nvidia/version") or ""):
+        return Check(name, "ok", "NVIDIA's open kernel modules, for dma-buf by NIXL; verbs need nvidia-peermem", hint)
+    found = "neither nvidia-peermem nor NVIDIA's open kernel modules (dma-buf): cards cannot write into GPU memory"
+    return Check(name, "note", found, "for serve --gpu-direct: modprobe nvidia-peermem")
 
 
 def _of_host(machine: Machine) -> Iterator[tuple[str, str]]:

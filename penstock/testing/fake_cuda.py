@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 from unittest.mock import patch
@@ -27,12 +27,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from penstock.device.accelerator import Accelerator, DeviceError, Event, Stream, copy_on_host
+from penstock.device.accelerator import Accelerator, Cpu, DeviceError, Event, Stream, copy_on_host
 from penstock.device.registry import registered
+from penstock.io.device_memory import DeviceMemory
 from penstock.testing.device_clock import Broken, Clock, DeviceClock, FakeEvent, join
 from penstock.testing.tensor_bytes import is_view, touched
 
 HOST = "host memory"  # what page-locked memory is watched as
+LANDING = "landing memory"  # what memory that cards write into is watched as
 _WAITING = {"tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__"}
 
 Item = TypeVar("Item")
@@ -45,6 +47,7 @@ class FakeAccelerator(Accelerator):
     def __init__(self, clock: DeviceClock, device: torch.device) -> None:
         super().__init__(torch.device("cuda", device.index or 0))
         self.clock = clock
+        self._host = Cpu(torch.device("cpu"))
 
     def use(self) -> None:
         """This thread's calls go to this device."""
@@ -88,11 +91,30 @@ class FakeAccelerator(Accelerator):
         if self.clock.is_broken("end of copies"):
             stream = self.clock.fork(stream)
         self.clock.enqueue("batched copy", reads, writes, stream)
-        if not all(self.clock.is_watched(begin, HOST) for begin, _ in (reads if to_device else writes)):
+        of_host = [begin for begin, _ in (reads if to_device else writes) if not self.clock.is_watched(begin, LANDING)]
+        if not all(self.clock.is_watched(begin, HOST) for begin in of_host):
             self.clock.operations["copy of pageable memory"] += 1
         copy_on_host(descriptors)
         if self.clock.refuses_copies:
             raise DeviceError("injected failure of a batched copy")
+
+    def allocate_landing(self, size_bytes: int) -> DeviceMemory:
+        """Watched; see Accelerator."""
+        memory = self._host.allocate_landing(size_bytes)
+        self.clock.watch(memory.address, size_bytes, LANDING)
+        return memory
+
+    def free_landing(self, memory: DeviceMemory) -> None:
+        """See Accelerator."""
+        self.clock.unwatch(memory.address)
+        self._host.free_landing(memory)
+
+    def checksums(self, addresses: Sequence[int], seeds: Sequence[int], size_bytes: int) -> list[int]:
+        """One operation on a stream of its own, which this thread waits for."""
+        stream = self.clock.new_stream()
+        self.clock.enqueue("checksums", [(at, at + size_bytes) for at in addresses], (), stream)
+        stream.synchronize()
+        return self._host.checksums(addresses, seeds, size_bytes)
 
     def array_to_device(self, values: np.ndarray) -> torch.Tensor:
         """See Accelerator; counted as an operation of its own name."""

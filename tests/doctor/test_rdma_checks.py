@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from penstock.doctor import rdma_checks
-from penstock.doctor.rdma_checks import check_one_sided_reads
+from penstock.doctor.rdma_checks import check_gpu_direct, check_one_sided_reads
 from tests.doctor.laid_machine import Laid
 
 DEVICE = "sys/class/infiniband/mlx5_0"
@@ -87,3 +87,18 @@ def test_one_transport_is_enough(machine: Laid, monkeypatch: pytest.MonkeyPatch,
 def test_devices_in_software_have_providers_of_their_own(machine: Laid) -> None:
     machine.lay("sys/class/infiniband/rxe0/ports/1/link_layer", "Ethernet")
     assert "rxe0: no library of its provider (rxe)" in check_one_sided_reads(machine).found
+
+
+def test_cards_and_gpus_need_a_module_between_them(machine: Laid) -> None:
+    check = check_gpu_direct(machine)
+    assert check.status == "ok" and "no RDMA device beside a GPU" in check.found
+    machine.lay("proc/driver/nvidia/gpus/0000:3b:00.0/information", "Model: H200")
+    version = "proc/driver/nvidia/version"
+    machine.lay(version, "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06")
+    check = check_gpu_direct(machine)
+    assert (check.status, check.advice) == ("note", "for serve --gpu-direct: modprobe nvidia-peermem")
+    machine.lay(version, "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06")
+    check = check_gpu_direct(machine)
+    assert check.status == "ok" and "dma-buf" in check.found
+    machine.lay("sys/module/nvidia_peermem/refcnt", "0")
+    assert check_gpu_direct(machine).found == "nvidia-peermem is loaded"

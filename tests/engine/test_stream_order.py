@@ -4,6 +4,8 @@ no two accesses of the same memory unordered; and an engine that left out any wa
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +17,11 @@ import torch
 from penstock.engine.calibrate import calibrate
 from penstock.engine.executors import RunnerStages, Staging
 from penstock.engine.hf_runner import HFRunner
-from penstock.engine.runner import Chunk, SamplingParams
+from penstock.engine.runner import Chunk, DeviceBlock, SamplingParams
 from penstock.io.memory import address_of, aligned_buffer
+from penstock.pool.api import Done, Pool, PoolError, ReadCheck
+from penstock.pool.checksum import block_checksum
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.setup.open import open_local_pool
 from penstock.testing.clocked_pool import ClockedPool
 from penstock.testing.device_clock import Broken, DeviceClock
@@ -263,6 +268,86 @@ def test_an_engine_leaves_nothing_unordered(happens: str, layerwise: bool, tiny:
             happens
         ]
         assert "length" in ends and set(ends) <= {"length"} | other
+
+
+class LandingPool(ClockedPool):
+    """As a pool node that is read by a card: every second block lands in the twin of staging memory, if it has a place
+    there, and is verified on the device; the others go to the host's memory."""
+
+    def __init__(self, inner: Pool, clock: DeviceClock) -> None:
+        super().__init__(inner, clock)
+        self._device_clock = clock
+        self._twin: DeviceTwin | None = None
+        self._number = itertools.count()
+        self.landed = 0
+
+    def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
+        super().register(buffer, twin)
+        self._twin = twin
+
+    def read(
+        self,
+        key: bytes,
+        size_bytes: int,
+        into: memoryview,
+        timeout_s: float,
+        done: Done,
+        check: ReadCheck | None = None,
+    ) -> None:
+        twin = self._twin
+        place = twin.place(into, size_bytes) if twin is not None and next(self._number) % 2 else None
+        if twin is None or place is None:
+            super().read(key, size_bytes, into, timeout_s, done, check)
+            return
+        where, known, bounce = [(place, place + size_bytes)], self._device_clock.known(), aligned_buffer(len(into))
+        self._device_clock.host_access("a card", writes=where)  # when it begins, and when it ends
+
+        def arrived(error: PoolError | None) -> None:
+            self._device_clock.learn(known)
+            if error is None:
+                self._device_clock.host_access("a card", writes=where)
+                ctypes.memmove(place, address_of(bounce), size_bytes)
+                if twin.checksums([place], [key]) != [block_checksum(key, bounce[:size_bytes])]:
+                    error = PoolError("checksum", "of what landed")
+                else:
+                    self.landed += 1
+                    twin.landed(into)
+            done(error)
+
+        self._inner.read(key, size_bytes, bounce, timeout_s, arrived, check)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_blocks_that_land_on_the_device_leave_nothing_unordered(layerwise: bool, tiny: Callable[[str], Path]) -> None:
+    """A card writes into a slot's twin only after the copy out of it, and the copy comes after the check."""
+    prompts = [prompt_of(40 + i % 3, 8 * BLOCK) + prompt_of(50 + i, 20) for i in range(9)]
+    with device_runner(tiny("llama")) as (runner, clock):
+        local = open_local_pool((16 << 20,), ())
+        pool = LandingPool(local, clock)
+        sizes: dict[str, Any] = {"l1_pages": PAGES, "l2_slots": 8, "layerwise": layerwise, "upload_group_blocks": 2}
+        with serving(runner, pool, lands_on=runner.kv.accelerator, **sizes) as rig:
+            for first in range(0, len(prompts), 3):
+                answers = [rig.start(prompt) for prompt in prompts[first : first + 3]]
+                assert {answer.wait(WAIT_S).finish_reason for answer in answers} == {"length"}
+                rig.settle()
+        assert pool.landed > 0 and clock.operations["checksums"] == pool.landed
+        assert not clock.operations["copy of pageable memory"]
+        local.close(WAIT_S)
+        assert clock.conflicts[:3] == []
+
+
+def test_a_copy_of_what_landed_that_is_not_waited_for_is_found(tiny: Callable[[str], Path]) -> None:
+    for broken in ((), ("event.synchronize",)):
+        with device_runner(tiny("llama"), broken) as (runner, clock):
+            size = runner.layout.full_block_bytes
+            memory = runner.kv.accelerator.allocate_landing(2 * size)
+            where = [(memory.address, memory.address + size)]
+            clock.host_access("a card", writes=where)
+            runner.upload(runner.start_upload([(DeviceBlock(memory.address, size), 3)], followed=False))
+            clock.host_access("a card", writes=where)
+            assert bool(clock.conflicts) == bool(broken)
+            assert clock.operations["batched copy"] == 1
 
 
 class FailingHalfWay:

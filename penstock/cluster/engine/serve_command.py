@@ -23,6 +23,7 @@ PANELS = {
     "KV cache": (
         *("pool", "memory", "slab", "pool_config", "no_pool", "pool_key_file", "kv_memory", "staging"),
         "fetch_window",
+        "gpu_direct",
         "block_tokens",
         "kv_events",
         "kv_events_replay",
