@@ -41,7 +41,10 @@ sys.meta_path.insert(0, Hide())
 # What needs an extra already when it is imported: the engine's own model code, and what runs inside vLLM.
 NEED_EXTRAS = {
     *(f"penstock.bench.{name}" for name in ("gpu_copies", "gpu_decode", "gpu_ttft", "gpu_upload")),
-    *(f"penstock.device.{name}" for name in ("accelerator", "copies", "cuda", "registry")),
+    *(
+        f"penstock.device.{name}"
+        for name in ("accelerator", "checksum_kernels", "copies", "cuda", "gpu_direct", "registry")
+    ),
     *(f"penstock.engine.{name}" for name in ("attention", "checkpoint", "decode_graphs", "hf_runner", "paged_kernel")),
     *(f"penstock.engine.{name}" for name in ("paged_kv", "sampling", "shaped_logits")),
     *("penstock.server.chat_template", "penstock.server.template_process"),

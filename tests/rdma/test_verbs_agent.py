@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
+import xxhash
 
 from penstock.core.config import ConfigError
+from penstock.engine.device_staging import DeviceStaging
+from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.net import one_sided_writes, verbs_agent, wire
@@ -249,3 +253,45 @@ def test_attaching_again_and_again_keeps_few_connections(rig: OneSidedRig) -> No
     assert len(lending._attached) == 2  # noqa: SLF001
     other.close(5.0)
     wait_until(lambda: len(lending._attached) == 1, "a client that is gone is forgotten", WAIT_S)  # noqa: SLF001
+
+
+class NoTorch:
+    """A device that is the host, as `device.accelerator.Cpu`: the guest does without torch."""
+
+    device = "cpu"
+
+    def use(self) -> None: ...
+
+    def allocate_landing(self, size_bytes: int) -> DeviceMemory:
+        self.memory = aligned_buffer(size_bytes)
+        return DeviceMemory(address_of(self.memory), size_bytes, "DRAM")
+
+    def free_landing(self, memory: DeviceMemory) -> None: ...
+
+    def checksums(self, addresses: Sequence[int], seeds: Sequence[int], size_bytes: int) -> list[int]:
+        offsets = [address - address_of(self.memory) for address in addresses]
+        blocks = [self.memory[at : at + size_bytes] for at in offsets]
+        return [xxhash.xxh3_64_intdigest(block, seed) for block, seed in zip(blocks, seeds, strict=True)]
+
+
+def test_blocks_land_in_memory_of_a_device(rig: OneSidedRig) -> None:
+    """Registered by its address, apart from the host's; the cards fill it, and nothing of the host's."""
+    _, _, first = start(rig)
+    client = RemotePool(*first._link.address)  # noqa: SLF001
+    rig.undo.callback(client.close, 5.0)
+    size_bytes = 4096
+    host = aligned_buffer(len(KEYS) * size_bytes)
+    twin = DeviceStaging(NoTorch(), host, size_bytes, size_bytes)  # type: ignore[arg-type]
+    client.register(host, twin)
+    wait_until(lambda: client.one_sided == "rdma by verbs, into device memory", "attached", WAIT_S)
+    places = [host[at * size_bytes :][:size_bytes] for at in range(len(KEYS))]
+    ended: list[list[PoolError | None]] = []
+    before = packets(*DEVICES)
+    with counted() as read:
+        client.read_many(KEYS, size_bytes, places, 60.0, ended.append)
+        wait_until(lambda: bool(ended), "the blocks", WAIT_S)
+    assert ended == [[None] * len(KEYS)] and read["device"] == len(KEYS) * size_bytes
+    assert not any(host) and packets(*DEVICES) > before
+    for number, key in enumerate(KEYS):
+        block = twin.block_in(number)
+        assert block is not None and ctypes.string_at(block.address, size_bytes) == block_bytes(key, size_bytes)
