@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,13 @@ from penstock.pool.checksum import checksum_seed
 if TYPE_CHECKING:
     from penstock.device.accelerator import Accelerator
 
+log = logging.getLogger(__name__)
+
 SCRATCH_BYTES = 4096
 
 
 class DeviceStaging:
-    """Contract: `pool.device_twin.DeviceTwin`. The memory is given back with the last reference to this object, which
-    whoever registered it with a card keeps."""
+    """Contract: `pool.device_twin.DeviceTwin`. The memory is given back once it is closed and held by nobody."""
 
     def __init__(self, accelerator: Accelerator, host: memoryview, slot_bytes: int, block_bytes: int) -> None:
         """`host` is L2, slots of `slot_bytes` that take a block of `block_bytes` each. Raises ConfigError where the
@@ -33,11 +34,12 @@ class DeviceStaging:
         self._lock = threading.Lock()
         self._landed: set[int] = set()
         self._retired: set[int] = set()
+        self._holders = 0
+        self._closed = self._freed = False
         try:
             self.memory: DeviceMemory = accelerator.allocate_landing(len(host) + SCRATCH_BYTES)
         except RuntimeError as error:
             raise ConfigError(f"gpu_direct is set, and blocks cannot land on {accelerator.device}: {error}") from None
-        weakref.finalize(self, accelerator.free_landing, self.memory).atexit = False
 
     @property
     def scratch(self) -> int:
@@ -48,10 +50,36 @@ class DeviceStaging:
         """See DeviceTwin."""
         self._accelerator.use()
 
+    def hold(self) -> None:
+        """See DeviceTwin."""
+        with self._lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        """See DeviceTwin."""
+        with self._lock:
+            self._holders -= 1
+        self._free_unused()
+
+    def close(self) -> None:
+        """Nothing is uploaded from it, and nothing lands there, any more."""
+        self._closed = True
+        self._free_unused()
+
+    def _free_unused(self) -> None:
+        with self._lock:
+            if not self._closed or self._holders or self._freed:
+                return
+            self._freed = True
+        try:
+            self._accelerator.free_landing(self.memory)
+        except RuntimeError as error:  # of a device that is lost
+            log.warning("memory of the device could not be given back: %s", error)
+
     def place(self, into: memoryview, size_bytes: int) -> int | None:
         """See DeviceTwin: for blocks of the engine's size, in slots of L2."""
         slot = self._slot_of(into)
-        if slot is None or size_bytes != self._block_bytes or slot in self._retired:
+        if self._closed or slot is None or size_bytes != self._block_bytes or slot in self._retired:
             return None
         return self._address(slot)
 

@@ -88,6 +88,7 @@ class OperationDispatcher:
         if (node := runner.host_node) is not None and (note := bind_memory(memory, node, strict=False)):
             log.warning("staging memory: %s; it lies where the kernel puts it", note)
         twin = DeviceStaging(lands_on, memory, slot_bytes, config.block_bytes) if lands_on is not None else None
+        self._twin = twin
         self._staging = Staging(memory, slot_bytes, runner.page_lock, twin)
         runner.page_lock(memory)
         self._runner = runner
@@ -145,6 +146,8 @@ class OperationDispatcher:
         stopped = self._runner_stages.close(timeout_s)
         if self._pool_stages is not None:
             self._pool_stages.close()
+        if self._twin is not None and stopped:  # an upload that is stuck still reads it
+            self._twin.close()
         return stopped
 
     def carry_out(self, operations: Sequence[Operation], emit: Callable[[Emit], None]) -> None:

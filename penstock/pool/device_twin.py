@@ -29,6 +29,12 @@ class DeviceTwin(Protocol):
     def use(self) -> None:
         """What this thread asks of a driver is about this device."""
 
+    def hold(self) -> None:
+        """A card may write into the memory until `release`."""
+
+    def release(self) -> None:
+        """The memory is registered once less."""
+
     def place(self, into: memoryview, size_bytes: int) -> int | None:
         """The address on the device that a block for `into` may land at; None where it must go to the host."""
 

@@ -87,7 +87,8 @@ class MemoryAttachment:
         self._buffers: list[memoryview] = []
         self._registered = Regions()
         self._registrations: list[Any] = []
-        self._twins: list[DeviceTwin] = []  # kept: their memory may be registered
+        self._twins: list[DeviceTwin] = []
+        self._held_twins: list[DeviceTwin] = []  # whose memory is registered
         self._twin: DeviceTwin | None = None  # the last one, once it is registered
         self._twin_memory: Attached | None = None  # of which something was read into the twin
         self._twin_health = WayHealth()
@@ -461,16 +462,20 @@ class MemoryAttachment:
             known, self._twin, self._twin_memory = self._twin, None, None
         if twin is None or agent is None:
             return
-        try:
-            twin.use()
-            made = agent.register(twin.memory, "local") if twin is not known else None
-        except (PoolError, RuntimeError) as error:
-            self._no_twin(error)
-            return
+        if twin is not known:
+            twin.hold()
+            try:
+                twin.use()
+                made = agent.register(twin.memory, "local")
+            except (PoolError, RuntimeError) as error:
+                twin.release()
+                self._no_twin(error)
+                return
         with self._lock:
             self._twin = twin
-            if made is not None:
+            if twin is not known:
                 self._registrations.append(made)
+                self._held_twins.append(twin)
             attached = self._usable()
         if attached is not None:
             self._probe_twin(attached)
@@ -537,9 +542,12 @@ class MemoryAttachment:
             registrations, self._registrations = self._registrations, []
             self._registered.clear()
             self._twin = self._twin_memory = None
+            twins, self._held_twins = self._held_twins, []
         assert agent is not None
         if attached is not None:
             agent.remove_peer(attached.peer)
         for made in registrations:
             agent.deregister(made)
+        for twin in twins:
+            twin.release()
         agent.close()

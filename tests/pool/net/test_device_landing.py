@@ -263,3 +263,18 @@ def test_only_whole_blocks_at_the_begin_of_a_slot_have_a_place(start: Callable[.
     assert rig.twin.place(rig.slot(7), SIZE) == memory.address + 7 * SLOT
     assert rig.twin.scratch + 4096 == memory.address + memory.size_bytes
     assert isinstance(rig.node, PoolNode)
+
+
+def test_memory_is_given_back_once_no_card_is_registered_with_it(
+    start: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[DeviceMemory] = []
+    monkeypatch.setattr(Cpu, "free_landing", lambda self, memory: freed.append(memory))
+    rig = start()
+    assert rig.read() == ["ok"] * SLOTS
+    rig.twin.close()
+    assert not freed and rig.twin.place(rig.slot(0), SIZE) is None
+    assert rig.read() == ["ok"] * SLOTS, "into the host's memory"
+    rig.check([False] * SLOTS)
+    rig.client.close(5.0)
+    assert freed == [rig.twin.memory]
