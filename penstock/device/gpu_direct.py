@@ -16,6 +16,7 @@ _SUPPORTED = 116  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED
 _FLUSH_OPTIONS, _FLUSH_BY_HOST = 117, 1  # ..._FLUSH_WRITES_OPTIONS, CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST
 _WRITES_ORDERING, _ORDERED = 118, 100  # ..._WRITES_ORDERING, CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
 _SYNC_MEMOPS = 6  # CU_POINTER_ATTRIBUTE_SYNC_MEMOPS
+_PAGE_BYTES = 2 << 20
 _THIS_CONTEXT, _TO_OWNER = 0, 100  # CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX, ..._TO_OWNER
 
 
@@ -40,9 +41,10 @@ class GpuDirect:
             raise DeviceError(f"device {index} neither orders a card's writes nor flushes them (GPUDirect RDMA)")
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
-        """Memory of its own allocation, as a card needs it; zeroed. Raises DeviceError."""
+        """Memory of its own allocation and pages, as a card needs it; zeroed. Raises DeviceError."""
         address = ctypes.c_uint64(0)
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        whole_bytes = -(-size_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(whole_bytes))
         memory = DeviceMemory(address.value, size_bytes, "VRAM", self._index)
         try:  # copies that are said to be synchronous are, also beside a card's writes
             on = ctypes.c_uint(1)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from penstock.device.accelerator import HELD_COPY_BYTES_MAX, Cpu, DeviceError, numa_node_of_pci
 from penstock.device.copies import CopyLane, descriptors_of
@@ -318,3 +319,32 @@ def test_a_real_device_replays_what_it_recorded() -> None:
             return found
 
         assert thread.submit(record_and_replay).result() == [28.0, 44.0]
+
+
+@on_gpu
+def test_what_lands_on_a_real_device_is_verified_and_copied_there() -> None:
+    """On threads that did nothing on the device before; a copy takes a card's place. One whose kernels differ from the
+    host fails here."""
+    device = last_gpu()
+    accelerator = accelerator_of(device)
+    size_bytes, seeds = 300_000, [7, (1 << 64) - 7]
+    blocks = np.random.default_rng(3).integers(0, 256, (2, size_bytes), np.uint8)
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            memory = thread.submit(accelerator.allocate_landing, 1 << 20).result()
+        except DeviceError as error:
+            if "does not support GPUDirect RDMA" not in str(error):
+                raise
+            pytest.skip(str(error))
+    places = memory.address + np.array([0, 1 << 19], np.int64)
+    page = torch.zeros(2, size_bytes, dtype=torch.uint8, device=device)
+    accelerator.synchronize()
+    lane = CopyLane(accelerator, to_device=True)
+    lane.copy(descriptors_of(places, blocks.ctypes.data + np.array([0, size_bytes], np.int64), size_bytes))
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(accelerator.checksums, places.tolist(), seeds, size_bytes) for _ in range(8)]
+        want = [xxhash.xxh3_64_intdigest(block, seed) for block, seed in zip(blocks, seeds, strict=True)]
+        assert [one.result() for one in found] == [want] * 8
+    lane.copy(descriptors_of(page.data_ptr() + np.array([0, size_bytes], np.int64), places, size_bytes))
+    assert (page.cpu().numpy() == blocks).all()
+    accelerator.free_landing(memory)
