@@ -21,13 +21,15 @@ static inline unsigned long long __umul64hi(unsigned long long left, unsigned lo
 enum { SUMS = 1, CHAIN };
 static int supported = 1, ordering = 100, flush_options = 1;  // what the device says of itself
 static int flushes = 0, allocations = 0, memops = 0;          // what it was asked for
+static int flushed = 0, unordered = 0;                        // kernels that were launched before the flush they need
 
 extern "C" {
 void say(int is_supported, int its_ordering, int its_flush_options) {
     supported = is_supported, ordering = its_ordering, flush_options = its_flush_options;
-    flushes = memops = 0;
+    flushes = memops = flushed = unordered = 0;
 }
 int flushes_so_far() { return flushes; }
+int unordered_so_far() { return unordered; }
 int allocations_now() { return allocations; }
 int memops_so_far() { return memops; }
 
@@ -47,7 +49,9 @@ int cuMemAlloc_v2(u64* address, size_t size) {
 int cuMemFree_v2(u64 address) { return free((void*)address), allocations--, 0; }
 int cuMemsetD8_v2(u64 address, u8 value, size_t size) { return memset((void*)address, value, size), 0; }
 int cuPointerSetAttribute(const unsigned* value, int which, u64) { return memops += which == 6 && *value == 1, 0; }
-int cuFlushGPUDirectRDMAWrites(int target, int scope) { return flushes++, target == 0 && scope == 100 ? 0 : 1; }
+int cuFlushGPUDirectRDMAWrites(int target, int scope) {
+    return flushes++, flushed = 1, target == 0 && scope == 100 ? 0 : 1;
+}
 
 int cuModuleLoadData(void** module, const char* code) { return *module = (void*)7, strcmp(code, "code") ? 200 : 0; }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -58,6 +62,8 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuLaunchKernel(void* function, unsigned across, unsigned down, unsigned deep, unsigned threads, unsigned rows,
                    unsigned layers, unsigned shared, void* stream, void** given, void** extra) {
     if (deep != 1 || rows != 1 || layers != 1 || shared || extra || stream != (void*)77 || down > 65535) return 1;
+    unordered += ordering < 100 && !flushed;
+    flushed &= function == (void*)SUMS;  // the chain is the last one
     u64* blocks = *(u64**)given[0];
     u32 count = *(u32*)given[1];
     u64 size = *(u64*)given[2];

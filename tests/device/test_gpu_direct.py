@@ -202,7 +202,8 @@ def accelerator(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[cuda.C
         made = cuda.Cuda(torch.device("cuda", 0), lambda *given: None)
         made.device = torch.device("cpu")
         monkeypatch.setattr(made, "array_to_device", torch.from_numpy)
-        monkeypatch.setattr(made, "new_stream", lambda: Stream())
+        monkeypatch.setattr(made, "new_stream", Stream)
+        monkeypatch.setattr(made, "new_event", Event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
         yield made
 
@@ -215,10 +216,13 @@ class Stream:
     def __exit__(self, *given: object) -> None: ...
 
 
-def test_blocks_that_landed_are_verified_by_the_kernels(
-    driver: Any, accelerator: cuda.Cuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accelerator, "new_event", lambda: accelerator_event())
+class Event:
+    def record(self, stream: Stream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def test_blocks_that_landed_are_verified_by_the_kernels(driver: Any, accelerator: cuda.Cuda) -> None:
     driver.say(1, 0, 1)
     memory = accelerator.allocate_landing(1 << 16)
     flushed = driver.flushes_so_far()
@@ -226,24 +230,14 @@ def test_blocks_that_landed_are_verified_by_the_kernels(
     ctypes.memmove(memory.address, data, len(data))
     found = accelerator.checksums([memory.address, memory.address + 5000], [1, 1 << 63], 5000)
     assert found == [xxhash.xxh3_64_intdigest(data[:5000], 1), xxhash.xxh3_64_intdigest(data[5000:], 1 << 63)]
-    assert driver.flushes_so_far() == flushed + 1, "before the kernels"
+    assert driver.flushes_so_far() == flushed + 1 and driver.unordered_so_far() == 0, "before the kernels"
     accelerator.free_landing(memory)
     assert driver.allocations_now() == 0
-
-
-def accelerator_event() -> Any:
-    class Event:
-        def record(self, stream: Any) -> None: ...
-
-        def synchronize(self) -> None: ...
-
-    return Event()
 
 
 def test_kernels_that_differ_from_the_host_are_not_used(
     driver: Any, accelerator: cuda.Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accelerator, "new_event", lambda: accelerator_event())
     monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data, seed: 5)
     with pytest.raises(DeviceError, match=r"checksums of 241 bytes on .* are not those of the host"):
         accelerator.allocate_landing(1 << 16)
