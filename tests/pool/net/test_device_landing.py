@@ -18,7 +18,7 @@ from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import PoolError
 from penstock.pool.mac import check_of
-from penstock.pool.net import memory_attachment
+from penstock.pool.net import memory_attachment, nixl_agent
 from penstock.pool.net.nixl_agent import NixlAgent, NixlTransfer
 from penstock.pool.net.node import PoolNode
 from penstock.pool.net.one_sided_agent import Access, Operation, Span
@@ -278,3 +278,40 @@ def test_memory_is_given_back_once_no_card_is_registered_with_it(
     rig.check([False] * SLOTS)
     rig.client.close(5.0)
     assert freed == [rig.twin.memory]
+
+
+def test_nixl_hears_which_gpu_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be carried out here: memory of a GPU on this side, of the host on the other."""
+    asked: list[tuple[object, ...]] = []
+
+    class Binding:
+        def register_memory(self, parts: object, kind: str) -> str:
+            asked.append(("register", parts, kind))
+            if kind == "VRAM" and len(asked) > 3:
+                raise RuntimeError("no backend for it")
+            return "registered"
+
+        def get_xfer_descs(self, parts: object, kind: str) -> tuple[object, str]:
+            return parts, kind
+
+        def initialize_xfer(self, *given: object) -> str:
+            asked.append(given)
+            return "handle"
+
+        def transfer(self, handle: str) -> str:
+            return "DONE"
+
+        def release_xfer_handle(self, handle: str) -> None: ...
+
+    monkeypatch.setattr(nixl_agent, "_agent", lambda *given: Binding())
+    agent, memory = NixlAgent(), DeviceMemory(0x7F00_0000_0000, 1 << 20, "VRAM", 3)
+    assert agent.register(memory, "local") == "registered"
+    assert agent.begin("READ", "node", [(memory.address + 4096, 0x5000, 8192)], memory).ended()
+    assert asked == [
+        ("register", [(0x7F00_0000_0000, 1 << 20, 3, "")], "VRAM"),
+        ("READ", ([(0x7F00_0000_1000, 8192, 3)], "VRAM"), ([(0x5000, 8192, 0)], "DRAM"), "node", b""),
+    ]
+    agent.register(aligned_buffer(4096))
+    assert asked[2][2] == "DRAM"
+    with pytest.raises(PoolError, match="NIXL cannot register 1048576 bytes of the GPU: no backend for it"):
+        agent.register(memory)
