@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.keys import BlockKey
 
 HALF_LIFE_S = 60.0
 HOT_READS = 2.5  # reached by three reads within 33 s, and held by one read in 44 s
-COUNTERS = 1 << 20  # in each of two rows; 24 MB together, of which only what is used takes memory
-_ROWS = np.array([[0], [1]])
+COUNTERS = 1 << 20  # in each of two rows; 24 MB together
 
 
 class ReadHeat:
@@ -28,30 +26,31 @@ class ReadHeat:
     def __init__(self, counters: int = COUNTERS) -> None:
         """`counters`: of each row, a power of two."""
         self._last = counters - 1
-        self._heat = np.zeros((2, counters), np.float32)
-        self._read_s = np.zeros((2, counters))
+        self._heat = array("f", bytes(4)) * (2 * counters)  # the second row behind the first one
+        self._read_s = array("d", bytes(8)) * (2 * counters)
 
     def heat(self, key: BlockKey, now_s: float) -> float:
         """The heat of a block now."""
-        return float(self._at(self._counters([key]), now_s).min())
+        return min(self._at(counter, now_s) for counter in self._counters(key))
 
     def read(self, keys: Sequence[BlockKey], now_s: float) -> list[int]:
         """Count a read of each block; returns the numbers of those that are hot."""
-        if not keys:
-            return []
-        at = self._counters(keys)
-        heat = self._at(at, now_s) + 1.0
-        self._heat[_ROWS, at] = heat
-        self._read_s[_ROWS, at] = now_s
-        found: list[int] = np.flatnonzero(heat.min(axis=0) >= HOT_READS).tolist()
-        return found
+        return [number for number, key in enumerate(keys) if self._count(key, now_s) >= HOT_READS]
 
-    def _counters(self, keys: Sequence[BlockKey]) -> NDArray[np.uint32]:
-        """The counter of each block in each row, by bits of its key that do not say where it lies."""
-        words = np.frombuffer(b"".join(keys), "<u4").reshape(-1, KEY_BYTES // 4)
-        return np.stack((words[:, 2] >> 8, words[:, 3])) & np.uint32(self._last)
+    def _count(self, key: BlockKey, now_s: float) -> float:
+        """Count a read; returns the block's heat."""
+        least = float("inf")
+        for counter in self._counters(key):
+            heat = self._heat[counter] = self._at(counter, now_s) + 1.0
+            self._read_s[counter] = now_s
+            least = min(least, heat)
+        return least
 
-    def _at(self, counters: NDArray[np.uint32], now_s: float) -> NDArray[np.float64]:
-        ages_s = np.maximum(0.0, now_s - self._read_s[_ROWS, counters])
-        found: NDArray[np.float64] = self._heat[_ROWS, counters] * np.exp2(-ages_s / HALF_LIFE_S)
-        return found
+    def _counters(self, key: BlockKey) -> tuple[int, int]:
+        """The counter of a block in each row, by bits of its key that do not say where it lies."""
+        first, second = int.from_bytes(key[9:12], "little"), int.from_bytes(key[12:], "little")
+        return first & self._last, self._last + 1 + (second & self._last)
+
+    def _at(self, counter: int, now_s: float) -> float:
+        half_lives = max(0.0, now_s - self._read_s[counter]) / HALF_LIFE_S
+        return self._heat[counter] * math.pow(0.5, half_lives)

@@ -113,7 +113,8 @@ class PoolNode:
         self.place = format_address(*self.address)
         self.pool_lending = PoolLending(pool, one_sided, staging_capacity_bytes) if one_sided is not None else None
         self._bytes_sent, self._bytes_received = KindCounts(), KindCounts()
-        self._heat, self._heat_lock = ReadHeat(), threading.Lock()
+        self._heat: ReadHeat | None = None  # from the first read on that is counted
+        self._heat_lock = threading.Lock()
         self.rare = RateLimitedLog(log)  # for events that a peer can cause without limit
         self.turns = Turns(QUESTIONS_AT_ONCE)
         self._budget = MessageBudget(self.message_share)
@@ -181,7 +182,8 @@ class PoolNode:
         if not self.pool.takes_copies:
             return []
         with self._heat_lock:
-            return self._heat.read(keys, time.monotonic())
+            heat = self._heat = self._heat or ReadHeat()
+            return heat.read(keys, time.monotonic())
 
     def with_ways(self, stat: PoolStat) -> PoolStat:
         """The pool's state with the ways by which this node's blocks travel to clients."""

@@ -14,6 +14,7 @@ from penstock.core.keys import BlockKey
 from penstock.core.pool.striping import Placement
 from penstock.pool.api import Located, PoolError, PoolStat
 from penstock.pool.block_size import expect_blocks
+from penstock.pool.device_twin import DeviceTwin
 from penstock.pool.node_backend import NodeBackend
 from penstock.pool.union.child import Child, NodePool
 from penstock.pool.union.slot_owners import SlotOwners
@@ -60,6 +61,7 @@ class Children:
         self._named = {child.name for child in self.all}  # addresses that are children, or were tried
         self._refreshing = threading.Lock()
         self._block_bytes = 0  # size of this process's blocks; 0 until it is known
+        self._registered: list[tuple[memoryview, DeviceTwin | None]] = []
         self._closing = threading.Event()
         self._thread = GuardedThread("penstock-union", self._watch, restarts=True)
         try:
@@ -102,13 +104,23 @@ class Children:
                 self._placement.add(weight or 0.0)
                 self.all = [*self.all, child]
                 self._named.add(child.name)
-                block_bytes = self._block_bytes
+                block_bytes, registered = self._block_bytes, list(self._registered)
+            for buffer, twin in registered:
+                node.register(buffer, twin)
             if block_bytes:
                 expect_blocks(node, block_bytes)
             self._refresh()
         except BaseException:
             node.close(1.0)
             raise
+
+    def register(self, buffer: memoryview, twin: DeviceTwin | None) -> None:
+        """Announce staging memory to every child, also to nodes that are added later."""
+        with self.lock:
+            self._registered.append((buffer, twin))
+            children = list(self.all)
+        for child in children:
+            child.pool.register(buffer, twin)
 
     def _node(self, node: NodePool) -> Child:
         node.watch_hot(lambda keys: self.on_hot(keys))

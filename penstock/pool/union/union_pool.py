@@ -126,9 +126,8 @@ class UnionPool:
         return any(child.up for child in self._children.all)
 
     def register(self, buffer: memoryview, twin: DeviceTwin | None = None) -> None:
-        """Announce staging memory to every child."""
-        for child in self._children.all:
-            child.pool.register(buffer, twin)
+        """Announce staging memory to every child, also to nodes that are added later."""
+        self._children.register(buffer, twin)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         """Ask all children at once, of many only the owners of the blocks; each block's best place, None where no child

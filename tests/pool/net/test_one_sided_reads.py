@@ -218,6 +218,22 @@ def test_blocks_of_another_node_are_lent_from_staging_memory(rig: OneSidedRig, t
     assert read["one-sided"] >= len(KEYS) * 4096  # the way between the nodes is counted here too
 
 
+def test_a_node_that_is_added_later_is_read_one_sided_too(rig: OneSidedRig, tmp_path: Path) -> None:
+    first, second = (rig.node(pool_of(rig, tmp_path)) for _ in range(2))
+    union = open_union(None, ["{}:{}".format(*first.address)])
+    rig.undo.callback(union.close, 5.0)
+    union.register(rig.arena.memory)
+    added = RemotePool(*second.address)
+    union.add_node(added, None)
+    until(lambda: not added.one_sided.startswith("off"))
+    writer = rig.client(second)
+    filled(rig, writer)
+    assert all(union.lookup(KEYS, 5.0))
+    with counted() as read:
+        assert rig.read(union, KEYS) == ["ok"] * len(KEYS)
+    assert read == {**read, "messages": 0, "one-sided": len(KEYS) * 4096}
+
+
 # --- leases ---
 
 
