@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from penstock.bench.process_cpu import cpu_s
 from penstock.bench.processes import ProcessFailed, ReadyProcess
 from penstock.bench.scale_engines import engines_process
 from penstock.bench.scale_router import LEASE_S, Step
@@ -61,12 +62,6 @@ def request_cpu_s(fronts: int, requests: int) -> tuple[float, float]:
         _ask(url, requests)
         spent_s, spent_bytes = cpu_s(router.pid) - begin_s, _front_bytes(url) - begin_bytes
     return spent_s / requests, spent_bytes / requests
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process so far, all its threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def _ask(url: str, requests: int) -> None:

@@ -5,21 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 
 import psutil
 
+from penstock.bench.process_cpu import cpu_s
 from penstock.bench.processes import pool_process
 from penstock.bench.scale_bare import BareNodes, bare_nodes_process
-from penstock.bench.scale_nodes import nodes_process
+from penstock.bench.scale_nodes import Nodes
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
@@ -48,6 +47,8 @@ SPANS_IN_FLIGHT = 4
 TIMEOUT_S = 120.0
 ENGINES_MAX = 1024
 BEGINNING_BLOCKS, OWN_BLOCKS = 2, 2  # of short prompts
+PREFIX_BLOCKS = 2048
+LOOKUPS, FIRST_LOOKUPS = 200, 5
 PROMPTS = 25_600  # 400 runs on each of 64 nodes: with 100 the fullest would have 1.15 to 1.38 of the mean by chance
 KEYS_OF_A_NODE = 90  # of 2,048, as 64 nodes hold them: some 23 of them are asked
 LANES = ("control", "write", "read")
@@ -82,13 +83,21 @@ def measure_network(report: Report, quick: bool, step: Step) -> None:
         _figure(report, name, engine_us_per_block(nodes, requests, context))
     nodes = 20 if quick else 64
     step(f"a prefix is looked up on {nodes} nodes")
-    found = lookup_ms(nodes, 2048, *((5, 200) if quick else (50, PROMPTS)))
+    lookups, prompts = (5, 200) if quick else (LOOKUPS, PROMPTS)
+    found = lookup_ms(nodes, PREFIX_BLOCKS, lookups)
     _figure(report, f"lookup_{nodes}_nodes_ms", found.took_ms)
     _figure(report, f"lookup_{nodes}_nodes_cpu_ms", found.cpu_ms)
+    report.figure(f"lookup_{nodes}_nodes_client_cpu_ms", found.client_cpu_ms)
     report.figure(f"lookup_{nodes}_nodes_asked", float(found.asked))
+    report.figure(f"lookup_{nodes}_nodes_two_rounds_ms", found.two_rounds_ms)
+    report.figure(f"lookup_{nodes}_nodes_half_there_ms", found.half_there_ms)
     report.figure(f"bare_{nodes}_nodes_ms", found.bare_ms)
     report.figure(f"bare_{nodes}_nodes_cpu_ms", found.bare_cpu_ms)
-    report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", found.hottest, 1.25)
+    together = lookup_ms(nodes, PREFIX_BLOCKS, lookups, apart=False)
+    report.figure(f"lookup_{nodes}_nodes_1_process_ms", together.took_ms)
+    report.figure(f"lookup_{nodes}_nodes_1_process_cpu_ms", together.cpu_ms)
+    report.figure(f"blocks_{nodes}_nodes_hottest_over_mean", hottest_over_mean(nodes, prompts), 1.25)
+    report.notes.append("lookup_*: each node in a process of its own; *_1_process: all of them in one, as before")
     report.notes.append("bare_*_nodes: the bytes of a lookup over as many sockets, next to no Python at both ends")
     node_us, client_us = lookup_us(KEYS_OF_A_NODE, 500 if quick else 3000)
     report.figure("node_lookup_us", node_us)
@@ -127,7 +136,8 @@ def engine_us_per_block(nodes: int, requests: int, context: int) -> float:
     )  # fmt: skip
     prompts = [[number] * context + [1, 2, 3] for number in range(requests)]
     with contextlib.ExitStack() as undo:
-        places = undo.enter_context(nodes_process(nodes, MEMORY_BYTES)).address.split(",")
+        # In one process, so that the engine has the caches of its processor nearly alone, as on a host without nodes.
+        places = undo.enter_context(Nodes(nodes, MEMORY_BYTES, apart=False)).places
         pool: Pool = connect_pool(places[0]) if nodes == 1 else open_union(None, places, [1e9] * nodes)
         undo.callback(pool.close, 5.0)
         root = root_key(runner.layout.fingerprint(runner.model_id), "")
@@ -178,40 +188,69 @@ def _prefix(root: BlockKey, tokens: list[int], size_bytes: int) -> list[NewBlock
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """Of a lookup of a prefix that lies on many nodes: milliseconds, the median; CPU milliseconds of this process and
-    of the nodes', the mean; and how many nodes it asks. `bare_*`: of its bytes alone. `hottest`: the blocks of the
-    fullest node over the mean."""
+    """Of a lookup of a prefix that lies on many nodes: milliseconds, the median; CPU milliseconds of this process, and
+    of it and the nodes', the mean; and how many nodes it asks. `two_rounds_ms`: by a client that never saw the prefix;
+    `half_there_ms`: of a prefix whose second half is nowhere. `bare_*`: of its bytes alone."""
 
     took_ms: float
+    client_cpu_ms: float
     cpu_ms: float
     asked: int
+    two_rounds_ms: float
+    half_there_ms: float
     bare_ms: float
     bare_cpu_ms: float
-    hottest: float
 
 
-def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> Lookups:
-    """Measure lookups of a prefix of `blocks` blocks on `nodes` nodes. Then so many short prefixes are written that all
-    begin alike, to see how they are spread."""
+def lookup_ms(nodes: int, blocks: int, lookups: int, apart: bool = True) -> Lookups:
+    """Measure lookups of a prefix of `blocks` blocks on `nodes` nodes, which have a process each (`apart`), or are in
+    one."""
     size = 4096
     with contextlib.ExitStack() as undo:
-        process = undo.enter_context(nodes_process(nodes, MEMORY_BYTES))
-        pool = open_union(None, process.address.split(","), [1e9] * nodes)
+        process = undo.enter_context(Nodes(nodes, MEMORY_BYTES, apart))
+        pool = open_union(None, process.places, [1e9] * nodes)
         undo.callback(pool.close, 5.0)
         long = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
         _store(pool, long, size)
         keys = [block.key for block in long]
+        held = Counter(hit.route[-1] for hit in _found(pool, keys) if hit is not None)
+        took = _repeated(lambda: _found(pool, keys), lookups, process.pids)
+        two_rounds = [_first_lookup_ms(process.places, keys) for _ in range(FIRST_LOOKUPS)]
+        pool.evict(keys[blocks // 2 :])
+        half = _repeated(lambda: _found(pool, keys, blocks // 2), lookups, process.pids)
+        process.check()
+        bare = _bare(nodes, list(held.values()), lookups)
+    figures = took.median_ms, took.here_cpu_ms, took.cpu_ms, len(held), median(two_rounds), half.median_ms
+    return Lookups(*figures, bare.median_ms, bare.cpu_ms)
 
-        def look_up() -> list[Located | None]:
-            found = pool.lookup(keys, TIMEOUT_S)
-            if not all(found):  # `None in found` would compare each, in Python
-                raise PoolError("missing", f"{found.count(None)} of {blocks} blocks were not found")
-            return found
 
-        held = Counter(hit.route[-1] for hit in look_up() if hit is not None)
-        took_ms, cpu_ms = _repeated(look_up, lookups, process.pid)
-        bare_ms, bare_cpu_ms = _bare_ms(nodes, list(held.values()), lookups)
-        pool.evict(keys)
+def _found(pool: Pool, keys: Sequence[BlockKey], there: int | None = None) -> list[Located | None]:
+    """Look a prefix up whose first blocks are there, all of them where it is not said how many."""
+    there = len(keys) if there is None else there
+    found = pool.lookup(keys, TIMEOUT_S)
+    if not all(found[:there]):  # `None in found` would compare each, in Python
+        raise PoolError("missing", f"{found[:there].count(None)} of {there} blocks were not found")
+    return found
+
+
+def _first_lookup_ms(places: Sequence[str], keys: Sequence[BlockKey]) -> float:
+    """Milliseconds of the first lookup of a prefix by a client that has just connected."""
+    pool = open_union(None, places, [1e9] * len(places))
+    try:
+        _found(pool, keys[-1:], 0)  # its connections are as they are between two lookups
+        begin_s = time.perf_counter()
+        _found(pool, keys)
+        return 1e3 * (time.perf_counter() - begin_s)
+    finally:
+        pool.close(5.0)
+
+
+def hottest_over_mean(nodes: int, prefixes: int) -> float:
+    """Write so many short prefixes that all begin alike; the blocks of the fullest node over the mean."""
+    size = 4096
+    with contextlib.ExitStack() as undo:
+        pool = open_union(None, undo.enter_context(Nodes(nodes, MEMORY_BYTES, apart=False)).places, [1e9] * nodes)
+        undo.callback(pool.close, 5.0)
         system = [1] * BEGINNING_BLOCKS * BLOCK_TOKENS
         chains = [
             _prefix(bytes(KEY_BYTES), [*system, *[number] * OWN_BLOCKS * BLOCK_TOKENS], size)
@@ -219,7 +258,7 @@ def lookup_ms(nodes: int, blocks: int, lookups: int, prefixes: int) -> Lookups:
         ]
         _store(pool, [*chains[0], *(block for chain in chains[1:] for block in chain[BEGINNING_BLOCKS:])], size)
         each = [member.blocks for member in pool.stat(TIMEOUT_S).members]
-    return Lookups(took_ms, cpu_ms, len(held), bare_ms, bare_cpu_ms, max(each) * len(each) / sum(each))
+    return max(each) * len(each) / sum(each)
 
 
 def lookup_us(blocks: int, lookups: int) -> tuple[float, float]:
@@ -240,7 +279,7 @@ def lookup_us(blocks: int, lookups: int) -> tuple[float, float]:
     return 1e6 * node_s / lookups, 1e6 * client_s / lookups
 
 
-def _bare_ms(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> tuple[float, float]:
+def _bare(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> Repeated:
     """As `_repeated`, of the bytes of a lookup that asks nodes for so many keys each."""
     asks = [(_frame_bytes(keys), _answer_bytes(keys)) for keys in keys_of_nodes]
     rounds = [asks[:FIRST_PARTS], asks[FIRST_PARTS:]]
@@ -249,7 +288,7 @@ def _bare_ms(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> tuple[fl
         bare = BareNodes(process.address, nodes)
         undo.callback(bare.close)
         bare.ask(rounds)
-        return _repeated(lambda: bare.ask(rounds), lookups, process.pid)
+        return _repeated(lambda: bare.ask(rounds), lookups, [process.pid])
 
 
 def _frame_bytes(keys: int) -> int:
@@ -260,17 +299,28 @@ def _answer_bytes(keys: int) -> int:
     return len(wire.frame(wire.found(1, [Located(4096, ("memory:0",))] * keys)))
 
 
-def _repeated(work: Callable[[], object], times: int, pid: int) -> tuple[float, float]:
-    """Milliseconds of one time, the median, and CPU milliseconds of this process and another one, the mean."""
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Of what was done many times: milliseconds of one time, the median; CPU milliseconds of this process, and of it
+    and others, the mean."""
+
+    median_ms: float
+    here_cpu_ms: float
+    cpu_ms: float
+
+
+def _repeated(work: Callable[[], object], times: int, pids: Sequence[int]) -> Repeated:
+    """Do it so many times; `pids` are the other processes that count."""
     took_s: list[float] = []
     with _without_collector():
-        begin_cpu_s = time.process_time() + cpu_s(pid)
+        begin_cpu_s, others_begin_s = time.process_time(), cpu_s(*pids)
         for _ in range(times):
             begin_s = time.perf_counter()
             work()
             took_s.append(time.perf_counter() - begin_s)
-        cpu = time.process_time() + cpu_s(pid) - begin_cpu_s
-    return 1e3 * median(took_s), 1e3 * cpu / times
+        here_s = time.process_time() - begin_cpu_s
+        all_s = here_s + cpu_s(*pids) - others_begin_s
+    return Repeated(1e3 * median(took_s), 1e3 * here_s / times, 1e3 * all_s / times)
 
 
 # --- a node ---
@@ -385,12 +435,6 @@ def _connections(undo: contextlib.ExitStack, address: tuple[str, int], source: s
             return None
         lanes.append(sock)
     return lanes
-
-
-def cpu_s(pid: int) -> float:
-    """CPU seconds of a process so far, in ticks of 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

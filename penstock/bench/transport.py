@@ -23,9 +23,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from penstock.bench.process_cpu import cpu_s
 from penstock.bench.processes import POOL_READY, ProcessFailed, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S, bare_process, run_bare
-from penstock.bench.transport_one_sided import conclude_one_sided, cpu_s, measure_one_sided
+from penstock.bench.transport_one_sided import conclude_one_sided, measure_one_sided
 from penstock.command_line import PlotFile, refuse
 from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import NewBlock

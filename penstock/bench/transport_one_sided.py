@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
+from penstock.bench.process_cpu import cpu_s
 from penstock.bench.processes import POOL_READY, ReadyProcess
 from penstock.bench.transport_bare import SET_BYTES, TIMEOUT_S
 from penstock.bench.transport_nixl import BareNixl, bare_nixl_process
@@ -116,12 +116,6 @@ def _run(found: Runs, pid: int, run: Callable[[], float], moved_bytes: int) -> N
 def _sleep() -> float:
     time.sleep(1.0)
     return 1.0
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time of another process, with that of threads that have ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def conclude_one_sided(report: Report, results: OneSidedResults) -> None:
