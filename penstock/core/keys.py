@@ -28,6 +28,11 @@ class Span:
     name: bytes
 
 
+def split_keys(keys: bytes) -> list[BlockKey]:
+    """Keys that are concatenated, one by one."""
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
 def root_key(fingerprint: bytes, salt: str) -> BlockKey:
     """The key before the first block: what separates models, layouts and tenants from each other."""
     return hashlib.blake2b(salt.encode(), digest_size=KEY_BYTES, key=fingerprint).digest()

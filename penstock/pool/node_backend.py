@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.core.keys import BlockKey
-from penstock.pool.api import Done, Pool, PoolError
+from penstock.pool.api import Done, Located, Pool, PoolError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,10 @@ class NodeBackend(Pool, Protocol):
     @property
     def block_bytes_max(self) -> int:
         """The largest block that any of its members can hold."""
+
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        """As `lookup`, of keys that are concatenated, 16 bytes each and at least one; a single place where all blocks
+        lie alike. Raises as `lookup`."""
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Pin a block of `size_bytes`, or return why it cannot be read."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from penstock.cluster.handoff.buffer import DecodeBuffer, HeldBlock
 from penstock.cluster.handoff.lending import Lending
-from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey, split_keys
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Located, MemberStat, PoolError, PoolStat, ReadCheck
 from penstock.pool.callbacks import call_done
@@ -366,6 +366,9 @@ class _BufferBackend:
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
         size = self._buffer.block_bytes
         return [Located(size, (BUFFER_LINK,)) if here else None for here in self._buffer.has(keys)]
+
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        return self.lookup(split_keys(keys), timeout_s)
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         return PoolError("missing", "a relay reads its blocks itself")

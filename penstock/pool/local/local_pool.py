@@ -97,15 +97,20 @@ class LocalPool:
         Raises PoolError once closed."""
         located: list[Located | None] = []
         for some in _in_turns(keys):
-            found, names = self._look_up(b"".join(some))
-            self._writes.note_lookup(some, found)
-            if len(some) and found.alike:
-                located += [self._located_at(int(found.sizes[0]), names[found.members[0]])] * len(some)
-                continue
-            places = list(zip(found.sizes.tolist(), found.members.tolist(), strict=True))
-            known = {(size, at): self._located_at(size, names[at]) if size else None for size, at in set(places)}
-            located += [known[place] for place in places]
+            places = self.locate(b"".join(some), timeout_s)
+            located += [places] * len(some) if isinstance(places, Located) else places
         return located
+
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        """As `lookup`, of at most KEYS_AT_ONCE keys that are concatenated; a single place where all blocks lie
+        alike."""
+        found, names = self._look_up(keys)
+        self._writes.note_lookup(keys, found)
+        if keys and found.alike:
+            return self._located_at(int(found.sizes[0]), names[found.members[0]])
+        places = list(zip(found.sizes.tolist(), found.members.tolist(), strict=True))
+        known = {(size, at): self._located_at(size, names[at]) if size else None for size, at in set(places)}
+        return [known[place] for place in places]
 
     def _look_up(self, keys: bytes) -> tuple[Found, list[str]]:
         """Where these blocks lie, and the names of the members; records the uses. Takes the lock."""

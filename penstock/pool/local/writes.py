@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import BlockKey, split_keys
 from penstock.core.new_block import NewBlock
 from penstock.core.pool.copies import is_copy, original_of
 from penstock.core.pool.policy import PoolPolicy
@@ -57,12 +57,13 @@ class Writes:
             self._admission = WriteAdmission(policy.write_admission)
         self._named_tenants_only = policy.named_tenants_only
 
-    def note_lookup(self, keys: Sequence[BlockKey], found: Found) -> None:
-        """Note those of the blocks looked up that are absent, where write admission asks for it. Takes the lock."""
+    def note_lookup(self, keys: bytes, found: Found) -> None:
+        """Note those of the blocks looked up (16 bytes each) that are absent, where write admission asks for it. Takes
+        the lock."""
         if self._admission.mode == "all":
             return
         with self._lock:
-            for key, size in zip(keys, found.sizes.tolist(), strict=True):
+            for key, size in zip(split_keys(keys), found.sizes.tolist(), strict=True):
                 if not size:
                     self._admission.asked(key)
 

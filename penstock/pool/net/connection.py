@@ -118,7 +118,9 @@ class Connection:
         self._pending: dict[int, Pending] = {}
         self.in_flight_bytes = 0
         self._cut_reason: str | None = None
+        self.open = True  # requests can be sent: nothing has cut the connection
         self._watch = watch
+        self._end_watched = False  # of a control connection: its end is watched, also while somebody reads
         self._reader: Reader = "thread"
         self._replies: ReplyReader | None = None  # of a control connection without TLS
         self._park_s = PARK_S
@@ -148,11 +150,6 @@ class Connection:
         """Requests that were sent and have not ended."""
         return len(self._pending)
 
-    @property
-    def open(self) -> bool:
-        """Whether requests can be sent: nothing has cut the connection."""
-        return self._cut_reason is None
-
     def add(self, pending: Pending) -> bool:
         """Register a request; False when the connection is ending. `send` or `queue` must follow."""
         with self._lock:
@@ -169,11 +166,8 @@ class Connection:
             if self._cut_reason is not None:
                 return False
             self._pending[pending.id] = pending
-            parked = self._reader == "parked" and self._replies is not None
-            if parked:
+            if self._reader == "parked" and self._replies is not None:
                 self._reader = "asked"
-        if parked:
-            self._watch.unpark(self._tcp.fileno())
         self._send(pending)
         return True
 
@@ -210,6 +204,7 @@ class Connection:
     def woken(self) -> None:
         """As `link_watch.Parked`: start the receiver thread again, unless somebody reads. Where the operating system
         starts none, the connection ends."""
+        self._end_watched = False  # whoever parks the connection has it watched again, and hears of an end at once
         try:
             self._resume()
         except (RuntimeError, MemoryError) as error:
@@ -221,7 +216,7 @@ class Connection:
             before = self._reader
             if before in ("parked", "asked"):
                 self._reader = "thread"
-        if before == "parked":
+        if before == "parked" and self._replies is None:
             self._watch.unpark(self._tcp.fileno())
         if before in ("parked", "asked"):
             self.start()
@@ -237,12 +232,17 @@ class Connection:
         self.woken()
 
     def _park(self) -> bool:
-        """Have the connection watched, without a thread; False where something is under way. Raises OSError."""
+        """Have the connection watched, without a thread; False where something is under way. Raises OSError. Of a
+        control connection only the end is watched: an answer that nobody waits for is read with the next one."""
         with self._lock:
             partial = self._replies is not None and self._replies.partial
             if self._pending or self._cut_reason is not None or partial:
                 return False
-            self._watch.park(self._tcp.fileno(), self)
+            if self._replies is None:
+                self._watch.park(self._tcp.fileno(), self)
+            elif not self._end_watched:
+                self._watch.watch_end(self._tcp.fileno(), self)
+                self._end_watched = True
             self._reader = "parked"
             sender, self._sender = self._sender, None
         if sender is not None:
@@ -319,7 +319,7 @@ class Connection:
         """End the connection now; its open requests end from the receiver thread."""
         with self._lock:
             if self._cut_reason is None:
-                self._cut_reason = reason
+                self._cut_reason, self.open = reason, False
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._reader == "asked":  # who asked may wait no more
@@ -568,6 +568,7 @@ class Connection:
         if sender is not None:
             sender.close(SENDER_END_S)
         with self._send_lock:
+            self._watch.unpark(self._tcp.fileno())
             self._sock.close()
         try:
             self._on_closed(self, reason)

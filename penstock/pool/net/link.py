@@ -66,10 +66,7 @@ class _Lane:
     @property
     def up(self) -> bool:
         """Whether any connection is open."""
-        for connection in self.connections:  # noqa: SIM110 (asked for each block that may begin a run, so it is to be quick)
-            if connection is not None and connection.open:
-                return True
-        return False
+        return any(connection is not None and connection.open for connection in self.connections)
 
     def free(self) -> Connection | None:
         """The open connection with the fewest bytes in flight, if it may get one more request."""
@@ -130,7 +127,8 @@ class NodeLink:
         self._control = _Lane("control", 1, [None])
         self._writes = _Lane("write", WRITES_WAITING_MAX, [None])
         self._reads = _Lane("read", READS_WAITING_MAX, [None] * connections)
-        self._lanes = {lane.kind: lane for lane in (self._control, self._writes, self._reads)}
+        self._each_lane = self._control, self._writes, self._reads
+        self._lanes = {lane.kind: lane for lane in self._each_lane}
         self._lock = threading.Lock()
         self._watch = link_watch.acquire()
         self._ids = itertools.count(1)
@@ -173,8 +171,14 @@ class NodeLink:
 
     @property
     def up(self) -> bool:
-        """Whether every lane has an open connection."""
-        return self._control.up and self._writes.up and self._reads.up
+        """Whether every lane has an open connection. Asked for each run of a lookup, so it is to be quick."""
+        for lane in self._each_lane:
+            for connection in lane.connections:
+                if connection is not None and connection.open:
+                    break
+            else:
+                return False
+        return True
 
     @property
     def idle(self) -> bool:

@@ -24,6 +24,7 @@ LOOK_S = 1.0
 EVENTS_MAX = 256
 JOIN_S = 5.0
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+_ENDED = select.EPOLLRDHUP | select.EPOLLONESHOT
 
 Due = Callable[[], float | None]
 
@@ -32,7 +33,7 @@ class Parked(Protocol):
     """A connection without a thread, as this module sees it."""
 
     def woken(self) -> None:
-        """Bytes have come, or its end: it gets a thread again, unless it has one. Must not wait."""
+        """What was watched for has come: it gets a thread again, unless it has one. Must not wait."""
 
 
 class LinkWatch:
@@ -73,11 +74,19 @@ class LinkWatch:
             self._times.pop(due, None)
 
     def park(self, file: int, connection: Parked) -> None:
-        """Watch a connection with this file until `unpark`. Raises OSError."""
+        """Wake a connection with this file once, when bytes have come, or its end, until `unpark`. Raises OSError."""
+        self._add(file, connection, _READABLE)
+
+    def watch_end(self, file: int, connection: Parked) -> None:
+        """As `park`, but only its end wakes it, once. It may be watched already."""
+        self.unpark(file)
+        self._add(file, connection, _ENDED)
+
+    def _add(self, file: int, connection: Parked, events: int) -> None:
         with self._lock:
             self._parked[file] = connection
             try:
-                self._epoll.register(file, _READABLE)
+                self._epoll.register(file, events)
             except BaseException:
                 del self._parked[file]
                 raise

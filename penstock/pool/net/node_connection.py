@@ -22,9 +22,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from penstock.core.connection_limits import network_of
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.pacing import PIECE_BYTES
-from penstock.pool.api import PoolError
+from penstock.pool.api import Located, PoolError
 from penstock.pool.losses import note_loss
 from penstock.pool.net import lanes, wire
 from penstock.pool.net.idle import PARK_S
@@ -404,11 +404,24 @@ class ClientConnection:
             with self._turn():
                 stat = self._pool.stat(request.timeout_s)
             return wire.Stats(request.id, self._node.with_ways(stat).bounded())
+        if isinstance(request, wire.Lookup):
+            return self._look_up(request)
         keys = wire.split_keys(request.keys)
-        if isinstance(request, wire.Evict):
-            return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
-        hits = self._in_pieces(keys, lambda some: self._pool.lookup(some, request.timeout_s))
-        return wire.found(request.id, hits, self._pool.origins(keys) if request.origins else ())
+        return wire.Evicted(request.id, sum(self._in_pieces(keys, lambda some: [self._pool.evict(some)])))
+
+    def _look_up(self, request: wire.Lookup) -> wire.Found:
+        """Answer a lookup; one of few keys, as most are, without an object for each. Raises as `_control`."""
+        keys, timeout_s = request.keys, request.timeout_s
+        if self._answers_alone and not request.origins and 0 < len(keys) <= KEYS_AT_ONCE * KEY_BYTES:
+            wire.check_keys(keys)
+            with self._turn():
+                places = self._pool.locate(keys, timeout_s)
+            if isinstance(places, Located):
+                return wire.found_alike(request.id, places, len(keys) // KEY_BYTES, request.brief)
+            return wire.found(request.id, places)
+        each = wire.split_keys(keys)
+        hits = self._in_pieces(each, lambda some: self._pool.lookup(some, timeout_s))
+        return wire.found(request.id, hits, self._pool.origins(each) if request.origins else ())
 
     @property
     def _answers_alone(self) -> bool:

@@ -128,25 +128,25 @@ class RemotePool:
         """Send the lookup; call the result to wait for the answer. Both raise PoolError."""
         deadline_s = time.monotonic() + timeout_s
         parts = _messages(keys)
-        waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part), deadline_s) for part in parts]
+        waits = [self._link.ask(wire.Found, partial(wire.Lookup, keys=part, brief=True), deadline_s) for part in parts]
 
         def wait() -> list[Located | None]:
             located: list[Located | None] = []
-            for part, found in ((part, wait()) for part, wait in zip(parts, waits, strict=True)):
-                if len(found.sizes) * KEY_BYTES != len(part):
-                    detail = f"pool node {self.place} answered {len(found.sizes)} of {len(part) // KEY_BYTES} keys"
-                    raise PoolError("network", detail)
-                located += self._located(found)
+            for part, wait in zip(parts, waits, strict=True):
+                located += self._located(wait(), len(part) // KEY_BYTES)
             return located
 
         return wait
 
-    def _located(self, found: wire.Found) -> list[Located | None]:
-        """The hits that the node found, few objects for many of them."""
+    def _located(self, found: wire.Found, keys: int) -> list[Located | None]:
+        """The hits that the node found, few objects for many of them. Raises PoolError where they are not as many as
+        the keys that were asked for."""
         routes = [tuple(route) for route in found.routes]
         sizes, members = found.sizes, found.members
-        count = len(sizes)
-        if count and sizes[0] and sizes.count(sizes[0]) == members.count(members[0]) == count:
+        count = found.alike or len(sizes)
+        if count != keys:
+            raise PoolError("network", f"pool node {self.place} answered {count} of {keys} keys")
+        if found.alike or (sizes[0] and sizes.count(sizes[0]) == members.count(members[0]) == count):
             return [self._located_at(sizes[0], routes[members[0]])] * count
         places = list(zip(sizes, members, strict=True))
         hits = {

@@ -5,10 +5,8 @@ A client that asks in a loop delays only clients of its own address.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 
 
 class Turns:
@@ -32,9 +30,12 @@ class Turns:
         with self._lock:
             return sum(map(len, self._waiting.values()))
 
-    @contextlib.contextmanager
-    def turn(self, source: str) -> Iterator[None]:
-        """Wait for a turn; it ends with the context."""
+    def turn(self, source: str) -> Turn:
+        """A turn, which is waited for at the beginning of its context, and ends with it."""
+        return Turn(self, source)
+
+    def begin(self, source: str) -> None:
+        """Wait for a turn; `end` must follow."""
         mine: threading.Event | None = None
         with self._lock:
             if self._working < self._at_once:
@@ -44,12 +45,9 @@ class Turns:
                 self._waiting.setdefault(source, deque()).append(mine)
         if mine is not None:
             mine.wait()
-        try:
-            yield
-        finally:
-            self._pass_on()
 
-    def _pass_on(self) -> None:
+    def end(self) -> None:
+        """The turn of a caller has ended."""
         with self._lock:
             if not self._waiting:
                 self._working -= 1
@@ -59,6 +57,21 @@ class Turns:
             if waiting:
                 self._waiting[source] = waiting
         following.set()
+
+
+class Turn:
+    """One turn, as a context."""
+
+    __slots__ = ("_source", "_turns")
+
+    def __init__(self, turns: Turns, source: str) -> None:
+        self._turns, self._source = turns, source
+
+    def __enter__(self) -> None:
+        self._turns.begin(self._source)
+
+    def __exit__(self, *_: object) -> None:
+        self._turns.end()
 
 
 class Windows:

@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from penstock.core.keys import KEY_BYTES, BlockKey
+from penstock.core.keys import split_keys as split_whole_keys
 from penstock.core.new_block import MAC_BYTES, REBUILD_S_MAX, TENANT_BYTES, NewBlock
 from penstock.core.pool.copies import copy_of, is_copy, original_of
 from penstock.core.spans import SPAN_BLOCKS_MAX, SPAN_BYTES_MAX
@@ -145,12 +146,13 @@ class Write(msgspec.Struct, array_like=True, tag=3):
 
 class Lookup(msgspec.Struct, array_like=True, tag=4):
     """`keys` are concatenated; answered by Found. With `origins`, at most a span of them, also with what each block was
-    written with; nodes that do not know that leave it out."""
+    written with; nodes that do not know that leave it out. `brief`: the answer may have one item for all keys."""
 
     id: Id
     timeout_s: Seconds
     keys: Keys
     origins: bool = False
+    brief: bool = False
 
     def __post_init__(self) -> None:
         if self.origins and len(self.keys) > SPAN_BLOCKS_MAX * KEY_BYTES:
@@ -446,17 +448,21 @@ class Origin(msgspec.Struct, array_like=True):
 class Found(msgspec.Struct, array_like=True, tag=24):
     """For each key its size (0: a miss) and the index of its route in `routes`: its member (with "@" and the address,
     if it is on another node) and the links up to this node. `origins`: for each key what its block was written with, or
-    nothing; only where it was asked for."""
+    nothing; only where it was asked for. Where a brief answer was asked for, `alike` may be how many keys there are (0:
+    it is not brief): all blocks are there, and sizes and members have one item, which is that of each."""
 
     id: Id
     sizes: Annotated[list[Annotated[int, Meta(ge=0, le=PAYLOAD_BYTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
     members: Annotated[list[Annotated[int, Meta(ge=0, lt=ROUTES_MAX)]], Meta(max_length=KEYS_PER_MESSAGE)]
     routes: Annotated[list[Annotated[list[Link], Meta(max_length=ROUTE_LINKS_MAX)]], Meta(max_length=ROUTES_MAX)]
     origins: Annotated[list[Origin | None], Meta(max_length=SPAN_BLOCKS_MAX)] = []
+    alike: Annotated[int, Meta(ge=0, le=KEYS_PER_MESSAGE)] = 0
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.members):
             raise ValueError(f"{len(self.sizes)} sizes and {len(self.members)} members")
+        if self.alike and not (len(self.sizes) == 1 and self.sizes[0]):
+            raise ValueError(f"{len(self.sizes)} sizes for {self.alike} blocks that lie alike, or none")
         if max(self.members, default=-1) < len(self.routes):
             return
         if any(size and member >= len(self.routes) for size, member in zip(self.sizes, self.members, strict=True)):
@@ -467,8 +473,8 @@ def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin
     """The answer to a lookup. A hit whose size or route is out of bounds becomes a miss, so that it does not invalidate
     the other hits of the message."""
     first, count = hits[0] if hits else None, len(hits)
-    if first is not None and not origins and _travels(first) and hits.count(first) == count:  # most answers
-        return Found(id, [first.size_bytes] * count, [0] * count, [list(first.route)])
+    if first is not None and not origins and hits.count(first) == count:  # most answers
+        return found_alike(id, first, count)
     routes: dict[tuple[str, ...], int] = {}  # at most as many as there are keys
     names = list(map(builtins.id, hits))  # pools answer with few different objects
     sizes, members = dict[int, int](), dict[int, int]()
@@ -483,8 +489,18 @@ def found(id: int, hits: Sequence[Located | None], origins: Sequence[BlockOrigin
     return Found(id, each_size, each_member, [list(route) for route in routes], written)
 
 
+def found_alike(id: int, hit: Located, count: int, brief: bool = False) -> Found:
+    """The answer to a lookup of so many keys whose blocks all lie so, as `found`."""
+    if not _travels(hit):
+        return Found(id, [0] * count, [0] * count, [])
+    if brief:
+        return Found(id, [hit.size_bytes], [0], [list(hit.route)], [], count)
+    return Found(id, [hit.size_bytes] * count, [0] * count, [list(hit.route)])
+
+
 def _travels(hit: Located) -> bool:
-    named = len(hit.route) <= ROUTE_LINKS_MAX and all(len(link) <= LINK_CHARACTERS_MAX for link in hit.route)
+    route = hit.route
+    named = len(route) <= ROUTE_LINKS_MAX and len(max(route, key=len, default="")) <= LINK_CHARACTERS_MAX
     return named and 0 < hit.size_bytes <= PAYLOAD_BYTES_MAX
 
 
@@ -836,9 +852,14 @@ def decode_reply(header: bytes | memoryview) -> Reply:
 
 def split_keys(keys: bytes) -> list[BlockKey]:
     """Split concatenated keys. Raises ProtocolError for a broken or too long concatenation."""
+    check_keys(keys)
+    return split_whole_keys(keys)
+
+
+def check_keys(keys: bytes) -> None:
+    """Raises ProtocolError for a broken or too long concatenation of keys."""
     if len(keys) % KEY_BYTES or len(keys) > KEYS_PER_MESSAGE * KEY_BYTES:
         raise ProtocolError(f"{len(keys)} bytes of keys; at most {KEYS_PER_MESSAGE} keys of {KEY_BYTES} bytes")
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def set_timeouts(sock: Stream) -> None:

@@ -175,6 +175,9 @@ class _Search:
     def _nodes(self, key: BlockKey) -> list[int]:
         """As `RunSearch`: where the block was seen last, and the owner of a run that begins with it."""
         seen, owner = self._locations.find(key), self._children.slots.owner(key)
-        children = self._children.all
-        nodes = (seen, owner) if seen != owner else (owner,)
-        return [at for at in nodes if at is not None and children[at].node is not None and children[at].up]
+        children, nodes = self._children.all, []
+        if seen is not None and seen != owner and children[seen].node is not None and children[seen].up:
+            nodes.append(seen)
+        if owner is not None and children[owner].node is not None:  # it is up
+            nodes.append(owner)
+        return nodes

@@ -77,7 +77,7 @@ class SlotOwners:
         """The child that a run which begins with this block goes to: its owner, or the first stand-in that is up; None
         when all are down."""
         owners = self._known
-        number = 0 if owners.is_local(key) else owners.map.owner(slot_of(key))
+        number = 0 if owners.local_below and owners.is_local(key) else owners.map.owner(slot_of(key))
         return number if owners.children[number].up else next(self._order(key), None)
 
     def order(self, key: BlockKey) -> list[int]:

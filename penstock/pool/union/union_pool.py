@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import BlockKey, split_keys
 from penstock.core.new_block import NewBlock
 from penstock.pool.api import Done, DoneMany, Lease, Located, MemberStat, PoolError, PoolStat, ReadCheck, check_write
 from penstock.pool.callbacks import call_done, call_soon, callback_worker
@@ -429,6 +429,10 @@ class UnionPool:
         """Announce that blocks of this size will be written and read; returns a line for each child that cannot hold
         them."""
         return self._children.expect_blocks(block_bytes)
+
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        """As `lookup`, of keys that are concatenated."""
+        return self.lookup(split_keys(keys), timeout_s)
 
     def open_block(self, key: BlockKey, size_bytes: int) -> OpenedBlock | PoolError:
         """Pin a block at the child where it was last found, or return why it cannot be read."""

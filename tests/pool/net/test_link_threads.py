@@ -168,7 +168,7 @@ def test_a_message_that_cannot_be_written_down_ends_alone(rig: NodeRig, monkeypa
 def test_an_answer_to_fewer_keys_than_were_asked_for_is_an_error(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     node = rig.node()
     client = rig.client(node)
-    split = wire.split_keys
-    monkeypatch.setattr(wire, "split_keys", lambda keys: split(keys)[:-1])
+    found = wire.found
+    monkeypatch.setattr(wire, "found", lambda id, hits: found(id, hits[:-1]))
     with pytest.raises(PoolError, match="answered 1 of 2 keys"):
         client.lookup([key_of(1), key_of(2)], 5.0)

@@ -153,6 +153,9 @@ BAD_REPLIES: list[wire.Reply] = [
     *(changed(the_blocks(), keys=bad) for bad in (b"", KEY, KEY * 65)),
     *(changed(the_blocks(), macs=bad) for bad in ([b""], [b"", bytes(33)], [b""] * 65)),
     wire.Ready("node", b"", 1.0, 0, 0.0, -1),
+    *(changed(wire.Found(1, [5], [0], [["a"]]), alike=bad) for bad in (-1, wire.KEYS_PER_MESSAGE + 1)),
+    *(changed(wire.Found(1, [5], [0], [["a"]], [], 2), sizes=bad) for bad in ([], [0], [5, 5])),
+    changed(wire.Found(1, [5], [0], [["a"]], [], 2), members=[1]),
     *(changed(wire.WrittenMany(1, b"\0"), states=bad) for bad in (b"", bytes(65), bytes([11]))),
 ]
 

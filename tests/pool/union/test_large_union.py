@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES
 from penstock.core.new_block import tenant_tag
 from penstock.core.pool.placement import STRIPED_NODES_MAX
 from penstock.core.pool.runs import FIRST_PARTS, begins_run
@@ -34,10 +34,10 @@ class CountingPool(LocalPool):
 
     asked = lookups = 0
 
-    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        self.asked += len(keys)
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        self.asked += len(keys) // KEY_BYTES
         self.lookups += 1
-        return super().lookup(keys, timeout_s)
+        return super().locate(keys, timeout_s)
 
 
 class Fleet:

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES, BlockKey
 from penstock.core.new_block import tenant_tag
 from penstock.core.pool.copies import COPY_MARK
 from penstock.core.pool.placement import STRIPED_NODES_MAX
@@ -39,9 +39,9 @@ class CountingPool(LocalPool):
     asked = 0
     opened = 0
 
-    def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        self.asked += len(keys)
-        return super().lookup(keys, timeout_s)
+    def locate(self, keys: bytes, timeout_s: float) -> Located | list[Located | None]:
+        self.asked += len(keys) // KEY_BYTES
+        return super().locate(keys, timeout_s)
 
     def open_block(self, key: BlockKey, size_bytes: int | None) -> OpenedBlock | PoolError:  # type: ignore[override]
         self.opened += 1
