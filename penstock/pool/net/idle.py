@@ -36,7 +36,7 @@ class Idle(Protocol):
         """Of its socket."""
 
     def serve(self, expired: bool) -> None:
-        """Start a thread that serves it, and calls `park` or `ended` at its end; `expired`: no message came for
+        """Have a thread that serves it, and calls `park` or `ended` at its end; `expired`: no message came for
         IDLE_S. Raises RuntimeError or MemoryError where the operating system starts no thread."""
 
     def end(self) -> None:

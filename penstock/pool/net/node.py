@@ -1,7 +1,8 @@
 """A pool node: serves a pool of this process to other machines over TCP.
 
 Threads: one accepts and greets (`pool.net.greeter`), one watches idle connections (`pool.net.idle`). A connection has
-one of its own while messages come, and another while slower work is answered (`pool.net.node_connection`). One fetcher
+one of its own while messages come, and another while slower work is answered (`pool.net.node_connection`); a few that
+have ended with theirs rest, so that the next connection need not start one. One fetcher
 finds staging memory for reads of slabs; another one, with half of that memory, for reads of other nodes, so that a slow
 node does not delay reads of this one. All are guarded: an exception ends a request or a connection, is logged and
 counted, and the node goes on. A node ends when its accepting thread has ended.
@@ -51,6 +52,7 @@ from penstock.process.file_limit import file_limit
 from penstock.process.guarded_thread import GuardedThread, GuardedWorker
 from penstock.process.kind_counts import KindCounts
 from penstock.process.rate_limited_log import RateLimitedLog
+from penstock.process.spare_threads import SpareThreads
 from penstock.process.switch_interval import switch_often
 from penstock.units import format_address
 
@@ -131,6 +133,7 @@ class PoolNode:
         self._closed = False
         self._begin_s: float | None = None  # since when the latest connection is being started
         self.idle = IdleConnections()
+        self.spare_threads = SpareThreads("penstock-node-connection")
         self._fetcher = GuardedWorker("penstock-node-fetch", FETCHES_MAX)
         self._remote_fetcher = GuardedWorker("penstock-node-far-fetch", FETCHES_MAX)
         self._thread = GuardedThread("penstock-node-accept", self._accept, restarts=True)
@@ -156,6 +159,7 @@ class PoolNode:
         if self.pool_lending is not None:
             self.pool_lending.close(max(0.1, deadline_s - time.monotonic()))
         self.idle.close(max(0.0, deadline_s - time.monotonic()) + LOOK_S)
+        self.spare_threads.close()
 
     @property
     def alive(self) -> bool:

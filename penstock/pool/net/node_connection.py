@@ -33,7 +33,7 @@ from penstock.pool.net.secret import NONCE_BYTES, PROOF_BYTES, Secret, SecretRef
 from penstock.pool.net.tls import TlsError
 from penstock.pool.net.tls_socket import Stream, TlsSocket
 from penstock.pool.node_backend import NodeBackend, StoredBlock
-from penstock.process.guarded_thread import GuardedThread, GuardedWorker
+from penstock.process.guarded_thread import GuardedWorker
 from penstock.process.rate_limited_log import kind_of
 from penstock.units import format_address
 
@@ -207,8 +207,7 @@ class ClientConnection:
 
     def serve(self, expired: bool) -> None:
         """As `pool.net.idle.Idle`."""
-        run = partial(self._serve, expired)
-        GuardedThread(f"penstock-node-{self.peer}", run, kind="penstock-node-connection").start()
+        self._node.spare_threads.run(f"penstock-node-{self.peer}", partial(self._serve, expired))
 
     def fileno(self) -> int:
         """The socket's file; -1 once it is closed."""

@@ -10,6 +10,7 @@ import pytest
 
 from penstock.pool.net import idle, wire
 from penstock.pool.net.idle import IdleConnections
+from penstock.process import spare_threads
 from penstock.process.guarded_thread import GuardedThread
 from tests.pool.helpers import chain, key_of, read, until, write
 from tests.pool.net.node_rig import WAIT_S, NodeRig
@@ -40,6 +41,19 @@ def test_idle_connections_have_no_thread_and_are_served_again(rig: NodeRig) -> N
     for client in clients:
         client.sock.close()
     until(lambda: node.connections == 0, WAIT_S)
+
+
+def test_a_connection_that_is_served_again_starts_no_thread(rig: NodeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = rig.node()
+    clients = [rig.by_hand(node, lane) for lane in ("read", "control")]
+    until(lambda: node.idle.threads == 0 < node.spare_threads.resting, WAIT_S)
+    monkeypatch.setattr(GuardedThread, "start", _no_thread)
+    for number in range(3):
+        for client in clients:
+            client.send(wire.Stat(number, 5.0))
+            reply = client.reply()
+            assert isinstance(reply, wire.Stats) and reply.id == number
+            until(lambda: node.idle.threads == 0 < node.spare_threads.resting, WAIT_S)
 
 
 def test_a_client_s_work_goes_on_after_a_pause(rig: NodeRig) -> None:
@@ -90,6 +104,7 @@ def test_a_parked_client_that_falls_silent_is_ended(
 def test_a_connection_for_which_no_thread_can_be_started_ends_alone(
     rig: NodeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(spare_threads, "SPARE_MAX", 0)
     node = rig.node()
     first, second = rig.by_hand(node), rig.by_hand(node)
     until(lambda: node.idle.threads == 0, WAIT_S)
