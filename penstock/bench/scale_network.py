@@ -4,28 +4,34 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
+from collections.abc import Callable
+from dataclasses import asdict
 
 import psutil
 
 from penstock.bench.process_cpu import cpu_s
 from penstock.bench.processes import pool_process
-from penstock.bench.scale_bare import BareNodes, bare_nodes_process
+from penstock.bench.scale_blocks import (
+    BLOCK_TOKENS,
+    MEMORY_BYTES,
+    SPANS_IN_FLIGHT,
+    TIMEOUT_S,
+    in_spans,
+    prefix,
+    store,
+    without_collector,
+)
+from penstock.bench.scale_lookups import hottest_over_mean, lookup_after_pause_us, lookup_ms, lookup_us
 from penstock.bench.scale_nodes import Nodes
 from penstock.core.bandwidth import LinkCost
 from penstock.core.config import SchedulerConfig
 from penstock.core.cost import CostModel
-from penstock.core.keys import KEY_BYTES, BlockKey, KeyChain, root_key
-from penstock.core.new_block import NewBlock, prefix_position
-from penstock.core.pool.runs import FIRST_PARTS
-from penstock.core.spans import SPAN_BLOCKS_MAX, parts
+from penstock.core.keys import KEY_BYTES, root_key
+from penstock.core.new_block import NewBlock
+from penstock.core.spans import SPAN_BLOCKS_MAX
 from penstock.core.windows import FETCH_WINDOW_BYTES, windows_of
 from penstock.engine.api import GenerationRequest, TokenEvent
 from penstock.engine.engine import Engine
@@ -33,23 +39,17 @@ from penstock.engine.modelled_runner import ModelledRunner
 from penstock.engine.profile import load_profile
 from penstock.engine.runner import SamplingParams
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Located, Pool, PoolError
+from penstock.pool.api import Pool, PoolError
 from penstock.pool.net import wire
 from penstock.pool.net.connect import connect_pool, open_union
 from penstock.report import Report
 from penstock.units import parse_address
 
-BLOCK_TOKENS = 64
 PROFILE, BYTES_DIVISOR, TIME_FACTOR = "h100-llama-3.1-8b", 2048, 1e-3  # blocks of 4 KiB, next to no compute
 L2_SLOTS = 8192
-MEMORY_BYTES = 256 << 20
-SPANS_IN_FLIGHT = 4
-TIMEOUT_S = 120.0
 ENGINES_MAX = 1024
-BEGINNING_BLOCKS, OWN_BLOCKS = 2, 2  # of short prompts
 PREFIX_BLOCKS = 2048
-LOOKUPS, FIRST_LOOKUPS = 200, 5
-PAUSE_S = 0.4  # a node's connection has no thread any more
+LOOKUPS = 200
 PROMPTS = 25_600  # 400 runs on each of 64 nodes: with 100 the fullest would have 1.15 to 1.38 of the mean by chance
 KEYS_OF_A_NODE = 90  # of 2,048, as 64 nodes hold them: some 23 of them are asked
 LANES = ("control", "write", "read")
@@ -144,10 +144,10 @@ def engine_us_per_block(nodes: int, requests: int, context: int) -> float:
         undo.callback(pool.close, 5.0)
         root = root_key(runner.layout.fingerprint(runner.model_id), "")
         for prompt in prompts:
-            _store(pool, _prefix(root, prompt[:context], size), size)
+            store(pool, prefix(root, prompt[:context], size), size)
         engine = Engine(config, CostModel(LinkCost(50e9), profile.compute_cost()), runner, pool)
         undo.callback(engine.close, 5.0)
-        with _without_collector():
+        with without_collector():
             begin_s = time.process_time()
             loaded = _ask(engine, prompts)
             spent_s = time.process_time() - begin_s
@@ -179,184 +179,19 @@ def _ask(engine: Engine, prompts: list[list[int]]) -> int:
     return sum(cached)
 
 
-def _prefix(root: BlockKey, tokens: list[int], size_bytes: int) -> list[NewBlock]:
-    chain = KeyChain(root, BLOCK_TOKENS)
-    keys = chain.extend(tokens)
-    return [NewBlock(key, chain.parent_of(at), size_bytes, prefix_position(keys[0], at)) for at, key in enumerate(keys)]
-
-
-# --- lookups ---
-
-
-@dataclass(frozen=True, slots=True)
-class Lookups:
-    """Of a lookup of a prefix that lies on many nodes: milliseconds, the median; CPU milliseconds of this process, and
-    of it and the nodes', the mean; and how many nodes it asks. `two_rounds_ms`: by a client that never saw the prefix;
-    `half_there_ms`: of a prefix whose second half is nowhere. `bare_*`: of its bytes alone."""
-
-    took_ms: float
-    client_cpu_ms: float
-    cpu_ms: float
-    asked: int
-    two_rounds_ms: float
-    half_there_ms: float
-    bare_ms: float
-    bare_cpu_ms: float
-
-
-def lookup_ms(nodes: int, blocks: int, lookups: int, apart: bool = True) -> Lookups:
-    """Measure lookups of a prefix of `blocks` blocks on `nodes` nodes, which have a process each (`apart`), or are in
-    one."""
-    size = 4096
-    with contextlib.ExitStack() as undo:
-        process = undo.enter_context(Nodes(nodes, MEMORY_BYTES, apart))
-        pool = open_union(None, process.places, [1e9] * nodes)
-        undo.callback(pool.close, 5.0)
-        long = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
-        _store(pool, long, size)
-        keys = [block.key for block in long]
-        held = Counter(hit.route[-1] for hit in _found(pool, keys) if hit is not None)
-        took = _repeated(lambda: _found(pool, keys), lookups, process.pids)
-        two_rounds = [_first_lookup_ms(process.places, keys) for _ in range(FIRST_LOOKUPS)]
-        pool.evict(keys[blocks // 2 :])
-        half = _repeated(lambda: _found(pool, keys, blocks // 2), lookups, process.pids)
-        process.check()
-        bare = _bare(nodes, list(held.values()), lookups)
-    figures = took.median_ms, took.here_cpu_ms, took.cpu_ms, len(held), median(two_rounds), half.median_ms
-    return Lookups(*figures, bare.median_ms, bare.cpu_ms)
-
-
-def _found(pool: Pool, keys: Sequence[BlockKey], there: int | None = None) -> list[Located | None]:
-    """Look a prefix up whose first blocks are there, all of them where it is not said how many."""
-    there = len(keys) if there is None else there
-    found = pool.lookup(keys, TIMEOUT_S)
-    if not all(found[:there]):  # `None in found` would compare each, in Python
-        raise PoolError("missing", f"{found[:there].count(None)} of {there} blocks were not found")
-    return found
-
-
-def _first_lookup_ms(places: Sequence[str], keys: Sequence[BlockKey]) -> float:
-    """Milliseconds of the first lookup of a prefix by a client that has just connected."""
-    pool = open_union(None, places, [1e9] * len(places))
-    try:
-        _found(pool, keys[-1:], 0)  # its connections are as they are between two lookups
-        begin_s = time.perf_counter()
-        _found(pool, keys)
-        return 1e3 * (time.perf_counter() - begin_s)
-    finally:
-        pool.close(5.0)
-
-
-def hottest_over_mean(nodes: int, prefixes: int) -> float:
-    """Write so many short prefixes that all begin alike; the blocks of the fullest node over the mean."""
-    size = 4096
-    with contextlib.ExitStack() as undo:
-        pool = open_union(None, undo.enter_context(Nodes(nodes, MEMORY_BYTES, apart=False)).places, [1e9] * nodes)
-        undo.callback(pool.close, 5.0)
-        system = [1] * BEGINNING_BLOCKS * BLOCK_TOKENS
-        chains = [
-            _prefix(bytes(KEY_BYTES), [*system, *[number] * OWN_BLOCKS * BLOCK_TOKENS], size)
-            for number in range(2, prefixes + 2)
-        ]
-        _store(pool, [*chains[0], *(block for chain in chains[1:] for block in chain[BEGINNING_BLOCKS:])], size)
-        each = [member.blocks for member in pool.stat(TIMEOUT_S).members]
-    return max(each) * len(each) / sum(each)
-
-
-def lookup_us(blocks: int, lookups: int) -> tuple[float, float]:
-    """CPU microseconds of a node's process, and of this one, for a lookup of so many blocks at this node alone."""
-    with _node_with(blocks) as (pid, pool, keys):
-        begin_s, node_begin_s = time.process_time(), cpu_s(pid)
-        for _ in range(lookups):
-            _found(pool, keys)
-        node_s, client_s = cpu_s(pid) - node_begin_s, time.process_time() - begin_s
-    return 1e6 * node_s / lookups, 1e6 * client_s / lookups
-
-
-def lookup_after_pause_us(blocks: int, lookups: int) -> float:
-    """CPU microseconds of a node's process, the median, from the question to the answer of a lookup of so many blocks
-    at this node alone, where the last one was a while ago."""
-    took_s = list[float]()
-    with _node_with(blocks) as (pid, pool, keys):
-        for _ in range(lookups):
-            time.sleep(PAUSE_S)
-            begin_s = cpu_s(pid)
-            _found(pool, keys)
-            took_s.append(cpu_s(pid) - begin_s)
-    return 1e6 * median(took_s)
-
-
-@contextlib.contextmanager
-def _node_with(blocks: int) -> Iterator[tuple[int, Pool, list[BlockKey]]]:
-    """A node's process that has so many blocks of one prefix, its client, and their keys."""
-    news = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, 4096)
-    with contextlib.ExitStack() as undo:
-        node = undo.enter_context(pool_process("--listen", "127.0.0.1:0", "--memory", str(MEMORY_BYTES)))
-        pool = connect_pool(node.address)
-        undo.callback(pool.close, 5.0)
-        _store(pool, news, 4096)
-        keys = [block.key for block in news]
-        _found(pool, keys)
-        yield node.pid, pool, keys
-
-
-def _bare(nodes: int, keys_of_nodes: Sequence[int], lookups: int) -> Repeated:
-    """As `_repeated`, of the bytes of a lookup that asks nodes for so many keys each."""
-    asks = [(_frame_bytes(keys), _answer_bytes(keys)) for keys in keys_of_nodes]
-    rounds = [asks[:FIRST_PARTS], asks[FIRST_PARTS:]]
-    with contextlib.ExitStack() as undo:
-        process = undo.enter_context(bare_nodes_process(nodes))
-        bare = BareNodes(process.address, nodes)
-        undo.callback(bare.close)
-        bare.ask(rounds)
-        return _repeated(lambda: bare.ask(rounds), lookups, [process.pid])
-
-
-def _frame_bytes(keys: int) -> int:
-    return len(wire.frame(wire.Lookup(1, TIMEOUT_S, bytes(keys * KEY_BYTES))))
-
-
-def _answer_bytes(keys: int) -> int:
-    return len(wire.frame(wire.found(1, [Located(4096, ("memory:0",))] * keys)))
-
-
-@dataclass(frozen=True, slots=True)
-class Repeated:
-    """Of what was done many times: milliseconds of one time, the median; CPU milliseconds of this process, and of it
-    and others, the mean."""
-
-    median_ms: float
-    here_cpu_ms: float
-    cpu_ms: float
-
-
-def _repeated(work: Callable[[], object], times: int, pids: Sequence[int]) -> Repeated:
-    """Do it so many times; `pids` are the other processes that count."""
-    took_s: list[float] = []
-    with _without_collector():
-        begin_cpu_s, others_begin_s = time.process_time(), cpu_s(*pids)
-        for _ in range(times):
-            begin_s = time.perf_counter()
-            work()
-            took_s.append(time.perf_counter() - begin_s)
-        here_s = time.process_time() - begin_cpu_s
-        all_s = here_s + cpu_s(*pids) - others_begin_s
-    return Repeated(1e3 * median(took_s), 1e3 * here_s / times, 1e3 * all_s / times)
-
-
 # --- a node ---
 
 
 def node_us_per_block(blocks: int) -> tuple[float, float]:
     """CPU microseconds of a node's process per block written and per block read, in spans."""
     size = 4096
-    news = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
+    news = prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
     with contextlib.ExitStack() as undo:
         node = undo.enter_context(pool_process("--listen", "127.0.0.1:0", "--memory", str(MEMORY_BYTES)))
         pool = connect_pool(node.address)
         undo.callback(pool.close, 5.0)
         begin_s = cpu_s(node.pid)
-        _store(pool, news, size)
+        store(pool, news, size)
         written_s = cpu_s(node.pid)
         _read(pool, news, aligned_buffer(SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX * size), size)
         return 1e6 * (written_s - begin_s) / blocks, 1e6 * (cpu_s(node.pid) - written_s) / blocks
@@ -366,7 +201,7 @@ def processes_read_ratio(blocks: int) -> float:
     """How many times the blocks per second of one process a node of two can serve, given processors for both and for
     its clients: the CPU time per block of the one, over that of the busier one of the two."""
     size = 4096
-    news = _prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
+    news = prefix(bytes(KEY_BYTES), [7] * blocks * BLOCK_TOKENS, size)
     memory = aligned_buffer(SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX * size)
     busiest_s = []
     for processes in (1, 2):
@@ -376,7 +211,7 @@ def processes_read_ratio(blocks: int) -> float:
             parts = [one.pid for one in psutil.Process(node.pid).children()] if processes > 1 else [node.pid]
             pool = open_union(None, [node.address], [1e9])
             undo.callback(pool.close, 5.0)
-            _store(pool, news, size)
+            store(pool, news, size)
             before_s = [cpu_s(pid) for pid in parts]
             _read(pool, news, memory, size)
             busiest_s.append(max(cpu_s(pid) - begin_s for pid, begin_s in zip(parts, before_s, strict=True)))
@@ -387,39 +222,7 @@ def _read(pool: Pool, blocks: list[NewBlock], memory: memoryview, size_bytes: in
     def read(span: list[NewBlock], views: list[memoryview], done: Callable[[list[PoolError | None]], None]) -> None:
         pool.read_many([block.key for block in span], size_bytes, views, TIMEOUT_S, done)
 
-    _in_spans(blocks, memory, size_bytes, read)
-
-
-def _store(pool: Pool, blocks: list[NewBlock], size_bytes: int) -> None:
-    memory = aligned_buffer(SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX * size_bytes)
-    _in_spans(blocks, memory, size_bytes, lambda span, views, done: pool.write_many(span, views, TIMEOUT_S, done))
-
-
-def _in_spans(
-    blocks: list[NewBlock],
-    memory: memoryview,
-    size_bytes: int,
-    begin: Callable[[list[NewBlock], list[memoryview], Callable[[list[PoolError | None]], None]], None],
-) -> None:
-    """Have SPANS_IN_FLIGHT spans under way until all have ended. Raises the first error."""
-    free = threading.Semaphore(SPANS_IN_FLIGHT)
-    failed: list[PoolError] = []
-
-    def done(errors: list[PoolError | None]) -> None:
-        failed.extend(error for error in errors if error is not None)
-        free.release()
-
-    views = [memory[at : at + size_bytes] for at in range(0, len(memory), size_bytes)]
-    for number, span in enumerate(parts(blocks, size_bytes)):
-        if not free.acquire(timeout=TIMEOUT_S):
-            raise TimeoutError("a span did not end")
-        at = number % SPANS_IN_FLIGHT * SPAN_BLOCKS_MAX
-        begin(span, views[at : at + len(span)], done)
-    for _ in range(SPANS_IN_FLIGHT):
-        if not free.acquire(timeout=TIMEOUT_S):
-            raise TimeoutError("a span did not end")
-    if failed:
-        raise failed[0]
+    in_spans(blocks, memory, size_bytes, read)
 
 
 def engines_of_a_node(at_most: int) -> int:
@@ -456,13 +259,3 @@ def _connections(undo: contextlib.ExitStack, address: tuple[str, int], source: s
             return None
         lanes.append(sock)
     return lanes
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -63,7 +63,8 @@ def test_a_client_s_work_goes_on_after_a_pause(rig: NodeRig) -> None:
         assert write(client, key, parent) == "ok"
         assert read(client, key) == "ok"
         until(lambda: node.idle.threads == 0, WAIT_S)
-    assert client.up and serving() == 0
+    until(lambda: serving() == 0, WAIT_S)
+    assert client.up
 
 
 def test_at_most_so_many_are_served_at_once_and_the_others_in_turn(

@@ -22,6 +22,7 @@ from penstock.pool.net.remote import RemotePool
 from penstock.pool.node_backend import BlockOrigin
 from penstock.pool.setup.open import open_local_pool
 from penstock.pool.union.union_pool import UnionPool
+from tests.call_counts import all_calls
 from tests.pool.helpers import ROOT, Outcome, chain, key_of, new_block, read, staged, until, write
 
 MIB = 1 << 20
@@ -140,6 +141,16 @@ def test_who_found_a_prefix_before_asks_each_of_its_nodes_once(fleet: Fleet) -> 
         nodes = len(set(places_of(asking.lookup(keys, 10.0))))
         asked = sum(pool.lookups for pool in fleet.pools) - before
         assert nodes <= asked <= nodes + most, "some nodes twice where nothing is known, in two rounds"
+
+
+def test_a_lookup_costs_its_client_few_calls_for_each_node(fleet: Fleet) -> None:
+    """Of the thread that asks, which also reads the answers; and of a run or a block next to nothing."""
+    union, keys = fleet.union(), keys_of("a", 2000)
+    write_all(union, keys)
+    nodes = len(set(places_of(union.lookup(keys, 10.0))))
+    runs = 1 + sum(map(begins_run, keys[1:]))
+    calls = min(all_calls(lambda: union.lookup(keys, 10.0)) for _ in range(3))
+    assert calls < 115 * nodes + 35 * runs + 100, "119 for each node before, and 47 for each run"
 
 
 def test_continuations_go_on_where_their_writer_was_and_others_find_them(fleet: Fleet) -> None:
