@@ -272,7 +272,8 @@ def test_all_systems_get_the_same_vllm_and_differ_in_store_and_scheduler_only() 
         if system == LMCACHE:
             assert extra == {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": 7}
         else:
-            assert extra == {"pool": "127.0.0.1:7", "staging": f"{bed.staging_bytes}B"}
+            window = f"{512 * bed.kv_bytes_per_token}B"
+            assert extra == {"pool": "127.0.0.1:7", "staging": f"{bed.staging_bytes}B", "fetch_window": window}
         assert ("--scheduler-cls" in command) == (system == WITH_SCHEDULER)
     server = lmcache_command(bed, 5, "127.0.0.1:6")
     assert server[server.index("--l1-size-gb") + 1] == "0.5"
