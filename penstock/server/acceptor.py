@@ -88,7 +88,7 @@ class Acceptor:
         self._handshake_timeout_s = handshake_timeout_s
         self._loop = asyncio.get_running_loop()
         self._admitted: dict[int, Admission] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Admission] = {}  # connections that are being established
         self._serial = 0
         self._pause: asyncio.TimerHandle | None = None
         self._open = True
@@ -107,8 +107,9 @@ class Acceptor:
                 self._balance.have(None)
             if self._pause is not None:
                 self._pause.cancel()
-            for task in self._tasks:
-                task.cancel()
+            for task, admission in self._tasks.items():
+                if admission.close == task.cancel:
+                    task.cancel()
 
     async def wait_closed(self) -> None:
         """Returns at once: the protocol objects end their own connections."""
@@ -183,8 +184,8 @@ class Acceptor:
         self._have()
         self.close_all(victims)
         task = self._loop.create_task(self._connect(client, admission))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = admission
+        task.add_done_callback(self._tasks.pop)
 
     def _refuse(self, client: socket.socket) -> None:
         rare.warning("busy", "a connection was refused: all %d serve requests", self.budget.total)
@@ -195,18 +196,26 @@ class Acceptor:
                 client.shutdown(socket.SHUT_WR)
 
     async def _connect(self, client: socket.socket, admission: Admission) -> None:
+        """A connection without TLS is established at once, and closed behind that: uvloop's transport tells its
+        protocol nothing when the task is cancelled just then."""
         task = asyncio.current_task()
         assert task is not None
-        admission.close = task.cancel
+        unwanted = asyncio.Event()
+        admission.close = unwanted.set
         more: dict[str, Any] = {}
         if self._tls is not None:
+            admission.close = task.cancel
             more = {"ssl_handshake_timeout": self._handshake_timeout_s, "ssl_shutdown_timeout": TLS_CLOSE_S}
         connected = False
         try:
+            if self._tls is not None and not self._open:
+                return
             client.setblocking(False)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(lambda: self._protocol(admission), client, ssl=self._tls, **more)
             connected = True
+            if unwanted.is_set():
+                admission.close()
         except OSError as error:  # includes ssl.SSLError: no TLS, no common version, timeout, or the client left
             if self._tls is not None:
                 rare.warning("handshake", "a TLS handshake failed: %s", error)

@@ -178,10 +178,10 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
             for acceptor in self.servers:
                 acceptor.close()
             self._listener.close()
-            for connection in list(state.connections):
-                connection.shutdown()
+            self._end_connections()
             async with asyncio.timeout(self._server.settings.drain_timeout_s + LAST_WORDS_S):
-                await asyncio.sleep(ENDED_POLL_S)  # in which cancelled handshakes end
+                await asyncio.sleep(ENDED_POLL_S)  # in which cancelled handshakes end, and accepted connections begin
+                self._end_connections()
                 while (state.connections or state.tasks) and not self.force_exit:
                     await asyncio.sleep(ENDED_POLL_S)
         except TimeoutError:
@@ -192,6 +192,11 @@ class HttpServer(uvicorn.Server):  # type: ignore[misc]
             cutting.cancel()
             self._reloading.cancel()
             self._server.close()
+
+    def _end_connections(self) -> None:
+        """Close those that are idle; the others are closed behind their answers."""
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal starts an orderly shutdown, a second one ends at once. The caller sets the exit status."""
