@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +72,9 @@ class FaultyPool:
             opened.release()
             return PoolError("missing", "evicted a moment ago")
         return DamagedBlock(opened, self.fault, self.released)
+
+    def open_blocks(self, keys: Sequence[BlockKey], size_bytes: int) -> list[Any]:
+        return [self.open_block(key, size_bytes) for key in keys]
 
     def suspect(self, key: BlockKey, checksum: int, mac: bytes, refused: bool) -> None:
         """Damage is on the way, not in the pool."""
@@ -199,7 +202,8 @@ def test_a_pool_node_that_ends_or_hangs_in_the_middle_of_a_load(
 ) -> None:
     expected = computed("llama", PROMPTS)
     pool = pool_process("--memory", "64MiB", "--pace", "300KB/s")
-    with running(llama, {"pool": pool.address, "fetch_timeout_s": 3.0, "lookup_timeout_s": 1.0}) as engine:
+    extra = {"pool": pool.address, "fetch_timeout_s": 3.0, "lookup_timeout_s": 1.0, "fetch_window": "1B"}
+    with running(llama, extra) as engine:  # one block at a time
         assert engine.ask(PROMPTS) == expected
         pool.wait_for_blocks(LOADABLE // BLOCK)
         engine.forget()
