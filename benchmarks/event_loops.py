@@ -215,7 +215,8 @@ def event_loops(
     quick: Annotated[bool, typer.Option(help="One short repeat of everything: checks that it runs.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
-    """Threads that wait in the kernel, asyncio, and uvloop: bulk reads that are verified, and questions to 24 nodes."""
+    """Threads that wait in the kernel, as in the pool's client, beside asyncio and uvloop: reads of blocks that are
+    verified, and questions to 24 nodes at once."""
     console = Console()
     report = Report("event-loops")
     repeats, run_bytes, rounds = (1, 64 << 20, 10) if quick else (REPEATS, RUN_BYTES, ROUNDS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from penstock.core.config import ConfigError
 from penstock.core.keys import BlockKey
-from penstock.engine.runner import DeviceBlock
+from penstock.engine.upload_source import DeviceBlock
 from penstock.io.device_memory import DeviceMemory
 from penstock.io.memory import address_of
 from penstock.pool.checksum import checksum_seed

@@ -17,9 +17,10 @@ from penstock.engine.batch_faults import outcomes_of
 from penstock.engine.device_staging import DeviceStaging
 from penstock.engine.lookups import Answer, Lookups
 from penstock.engine.peers import RELAY_LINK, Peers
-from penstock.engine.runner import Chunk, ModelRunner, UploadGroup, UploadSource
+from penstock.engine.runner import Chunk, ModelRunner, UploadGroup
 from penstock.engine.save_spans import Saved
 from penstock.engine.transfers import Transfers
+from penstock.engine.upload_source import UploadSource
 from penstock.io.memory import aligned_buffer
 from penstock.pool.api import Lease, Pool, PoolError
 from penstock.process.guarded_thread import GuardedWorker

@@ -17,9 +17,10 @@ from penstock.engine.decode_graphs import DecodeGraphs
 from penstock.engine.page_tables import PageTables
 from penstock.engine.paged_kernel import GATHERED, LayerKind, VarlenKernel, proven_kernel
 from penstock.engine.paged_kv import LayerShape, PagedKV, PagedUpload
-from penstock.engine.runner import Chunk, UploadGroup, UploadSource
+from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.sampling import sample
 from penstock.engine.shaped_logits import say_logprobs, shaped
+from penstock.engine.upload_source import UploadSource
 
 
 class _Probe:

@@ -13,8 +13,9 @@ import numpy as np
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.profile import Profile
-from penstock.engine.runner import Chunk, UploadGroup, UploadSource
+from penstock.engine.runner import Chunk, UploadGroup
 from penstock.engine.shaping import TokenLogprobs
+from penstock.engine.upload_source import UploadSource
 from penstock.io.memory import aligned_buffer
 from penstock.pacing import Pacer
 

@@ -17,7 +17,7 @@ from penstock.core.layout import KVLayout
 from penstock.device.accelerator import Accelerator, Event
 from penstock.device.copies import CopyLane, descriptors_of
 from penstock.device.registry import accelerator_of
-from penstock.engine.runner import DeviceBlock, UploadSource
+from penstock.engine.upload_source import DeviceBlock, UploadSource
 from penstock.io.memory import address_of
 
 # Where copies run beside compute, a stage moves at least this much: below it, enqueueing takes about as long as moving.

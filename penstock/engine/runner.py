@@ -15,6 +15,7 @@ from msgspec import Meta
 from penstock.core.layout import KVLayout
 from penstock.core.operations import ChunkOutcome
 from penstock.engine.shaping import LOGPROBS_MAX, Past, Shaping
+from penstock.engine.upload_source import UploadSource
 
 MAX_TOKENS_MAX = 1 << 53
 TEMPERATURE_MAX = 100.0
@@ -39,17 +40,6 @@ class SamplingParams:
         """Tokens that end an answer; `eos_token_ids` are the model's."""
         own = frozenset(self.shaping.stop_token_ids) if self.shaping is not None else frozenset()
         return own if self.ignore_eos else own | eos_token_ids
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceBlock:
-    """A full block that lies in memory of the device already, outside of L1."""
-
-    address: int
-    nbytes: int
-
-
-UploadSource = memoryview | DeviceBlock
 
 
 class UploadGroup(Protocol):

@@ -16,7 +16,8 @@ from penstock.core.operations import ChunkOutcome
 from penstock.device.accelerator import Accelerator
 from penstock.engine.api import GenerationRequest
 from penstock.engine.engine import Engine, new_request_id
-from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup, UploadSource
+from penstock.engine.runner import Chunk, ModelRunner, SamplingParams, UploadGroup
+from penstock.engine.upload_source import UploadSource
 from penstock.pool.api import Done, Lease, Located, Pool, PoolError, ReadCheck
 from penstock.pool.wrapped import WrappedPool
 from tests.asking import WAIT_S, Answer, wait_until

@@ -21,7 +21,8 @@ from penstock.engine.build import build_engine
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import new_request_id
 from penstock.engine.hf_runner import HFRunner
-from penstock.engine.runner import DeviceBlock, SamplingParams
+from penstock.engine.runner import SamplingParams
+from penstock.engine.upload_source import DeviceBlock
 from penstock.extras import EXTRAS
 from penstock.io.device_memory import DeviceMemory
 from penstock.pool.local.local_pool import LocalPool

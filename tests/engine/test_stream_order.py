@@ -17,7 +17,8 @@ import torch
 from penstock.engine.calibrate import calibrate
 from penstock.engine.executors import RunnerStages, Staging
 from penstock.engine.hf_runner import HFRunner
-from penstock.engine.runner import Chunk, DeviceBlock, SamplingParams
+from penstock.engine.runner import Chunk, SamplingParams
+from penstock.engine.upload_source import DeviceBlock
 from penstock.io.memory import address_of, aligned_buffer
 from penstock.pool.api import Done, Pool, PoolError, ReadCheck
 from penstock.pool.checksum import block_checksum
