@@ -248,7 +248,7 @@ def test_page_live_and_health(start: Start) -> None:
     served.complete(prompt=[70, 71], max_tokens=3)
     live = served.http.get("/live").json()
     assert live["finished"] == 1 and live["hit_rate"] == 0.5 and set(live["stages"]) == {"compute", "decode"}
-    assert set(live["node_bytes"]) == {"messages", "one-sided"} and isinstance(live["nodes"], dict)
+    assert {"messages", "one-sided"} <= set(live["node_bytes"]) and isinstance(live["nodes"], dict)
     assert served.http.get("/health").json() == {"status": "ok"}
     served.engine.close(5)
     sick = served.http.get("/health")

@@ -1,18 +1,23 @@
-"""Whether blocks are looked for on nodes that do not own them: for some time after any change, then now and then."""
+"""Which nodes are asked for blocks that their owners do not have: all, those that had them before a change, or none."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 WATCH_S = 600.0
 WATCH_LOOKUPS = 64
 EVERY_LOOKUPS = 64
+
+Asked = Literal["all", "former", "none"]
 
 
 class StrayWatch:
     """Blocks lie beside their owner when they were written before the nodes or their weights changed, by an earlier
     version, or while the owner was down or refused them. Not thread-safe; the caller passes the time.
 
-    STRAY-1  Statement: After `changed`, and after every find, all nodes are asked for what the owners do not have, for
-             WATCH_S and at least WATCH_LOOKUPS lookups. Later every EVERY_LOOKUPS-th lookup asks them.
+    STRAY-1  Statement: After a start, `changed`, and every find, all nodes are asked for what the owners do not have,
+             in WATCH_LOOKUPS lookups; then, until WATCH_S have passed, the nodes that former maps name. Every
+             EVERY_LOOKUPS-th lookup asks all. So a fleet whose nodes come and go is not asked as a whole all the time.
     Verification: tests/core/pool/test_runs.py.
     """
 
@@ -27,10 +32,12 @@ class StrayWatch:
         self._until_s = now_s + WATCH_S
         self._left = WATCH_LOOKUPS
 
-    def asks_all(self, now_s: float) -> bool:
-        """Whether this lookup, whose hits ended early, asks all nodes; counts it."""
+    def asks(self, now_s: float) -> Asked:
+        """Which nodes this lookup, whose hits ended early, asks; counts it."""
         self._lookups += 1
-        if self._left or now_s < self._until_s:
-            self._left = max(0, self._left - 1)
-            return True
-        return self._lookups % EVERY_LOOKUPS == 0
+        if self._left:
+            self._left -= 1
+            return "all"
+        if self._lookups % EVERY_LOOKUPS == 0:
+            return "all"
+        return "former" if now_s < self._until_s else "none"

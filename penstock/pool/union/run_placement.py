@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from penstock.core.keys import BlockKey
 from penstock.core.new_block import NewBlock
-from penstock.core.pool.runs import OpenRuns, RunSearch
+from penstock.core.pool.runs import OpenRuns, RunSearch, begins_run
 from penstock.core.pool.strays import StrayWatch
 from penstock.pool.api import Located, PoolError
 from penstock.pool.union.block_copier import Move
@@ -62,28 +62,31 @@ class RunPlacement:
         return block if least_s == block.rebuild_s else replace(block, rebuild_s=least_s)
 
     def lookup(self, keys: Sequence[BlockKey], timeout_s: float) -> list[Located | None]:
-        """Ask the local pool for all, and nodes for their runs, in a few rounds. Where the hits end early, all nodes
-        are asked whether one has the next block nevertheless, for some time after a change and now and then later.
-        Raises PoolError when no child is up."""
+        """Ask the local pool for all, and nodes for their runs, in a few rounds. Where the hits end early, other nodes
+        are asked whether one has the next block nevertheless, after a change and now and then later
+        (`core.pool.strays`). Raises PoolError when no child is up."""
         search = _Search(self._children, self._locations, keys, time.monotonic() + timeout_s)
         search.ask_local()
         while search.ask_owners():
             pass
         if search.end < len(keys):
-            self._ask_all(search)
+            self._ask_others(search)
         search.check()
         return search.found
 
-    def _ask_all(self, search: _Search) -> None:
+    def _ask_others(self, search: _Search) -> None:
         with self._lock:
             if self._changes != self._children.changes:
                 self._changes = self._children.changes
                 self._strays.changed(time.monotonic())
-            asks_all = self._strays.asks_all(time.monotonic())
+            asked = self._strays.asks(time.monotonic())
+        if asked == "none":
+            return
         begin = search.end
+        nodes = self._children.slots.former(search.run_begins(begin)) if asked == "former" else None
         owned = [hit is not None for hit in search.found]
-        if asks_all and search.ask_all(begin, begin + 1):
-            search.ask_all(begin, len(search.found))
+        if search.ask_others(begin, begin + 1, nodes):
+            search.ask_others(begin, len(search.found))
             with self._lock:
                 self._strays.changed(time.monotonic())
                 moves = self._moves(search, begin, owned)
@@ -142,12 +145,21 @@ class _Search:
             asks = self._runs.next_round()
         return bool(asks) and self._ask(asks)
 
-    def ask_all(self, begin: int, end: int) -> bool:
-        """Ask all nodes for some of the blocks, while time is left; returns whether the first one was found."""
+    def run_begins(self, at: int) -> list[BlockKey]:
+        """The blocks with which the run of this block may begin: itself, and the last one before whose key says so."""
+        begin = at
+        while begin and not begins_run(self.keys[begin]):
+            begin -= 1
+        return [self.keys[at], self.keys[begin]]
+
+    def ask_others(self, begin: int, end: int, nodes: Iterable[int] | None = None) -> bool:
+        """Ask these nodes (None: all) for some of the blocks, while time is left; returns whether the first one was
+        found."""
         if time.monotonic() >= self._deadline_s:
             return False
         some = [range(begin, end)]
-        nodes = (at for at, child in enumerate(self._children.all) if child.node is not None and child.up)
+        if nodes is None:
+            nodes = (at for at, child in enumerate(self._children.all) if child.node is not None and child.up)
         self._ask({at: some for at in nodes})
         return self.found[begin] is not None
 

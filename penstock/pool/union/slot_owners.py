@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -14,6 +14,8 @@ from penstock.pool.union.child import Child
 log = logging.getLogger(__name__)
 
 STAND_INS = 3  # that a block is offered to when its owner refuses it
+FORMER_MAPS = 4  # that are remembered
+FORMER_NODES = 2  # of each map that may have a run: its owner, and the first stand-in
 _SHARE_SCALE = 1 << 32
 
 
@@ -41,6 +43,7 @@ class SlotOwners:
         self._named: list[tuple[int, str, float]] = []
         self._states: list[bool] = []
         self._owners: _Owners | None = None
+        self._former: tuple[SlotMap, ...] = ()  # the latest first
         self._many = False
 
     def __bool__(self) -> bool:
@@ -56,6 +59,7 @@ class SlotOwners:
             return changed or many
         found = self._owners.map if self._owners is not None else None
         if found is None or named != self._named:
+            self._former = (*((found,) if found is not None else ()), *self._former)[:FORMER_MAPS]
             found, self._named, changed = SlotMap(named), named, True
             log.info("blocks are placed by slots over %d pool nodes, map %s", found.nodes, found.version)
         local = next((_weight(child) for child in children if child.local is not None), 0.0)
@@ -83,6 +87,20 @@ class SlotOwners:
     def order(self, key: BlockKey) -> list[int]:
         """The children that are up: the owner of the run that this block begins, then a few stand-ins."""
         return list(islice(self._order(key), 1 + STAND_INS))
+
+    def former(self, keys: Collection[BlockKey]) -> list[int]:
+        """The nodes that are up and may have a run which begins with one of these blocks, beside its owner: those that
+        former maps name, and the first stand-in of this one."""
+        children = self._known.children
+        nodes = dict.fromkeys(
+            number
+            for key in keys
+            for slots in (self._known.map, *self._former)
+            for number in islice(slots.order(slot_of(key)), FORMER_NODES)
+            if children[number].up
+        )
+        owners = {self.owner(key) for key in keys}
+        return [number for number in nodes if number not in owners]
 
     def _order(self, key: BlockKey) -> Iterator[int]:
         owners = self._known

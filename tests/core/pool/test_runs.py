@@ -183,11 +183,12 @@ def test_a_run_ends_with_its_node_and_open_runs_are_bounded() -> None:
     assert runs.place(keys[0], b"?" * 16, lambda key: None, lambda node: True) is None
 
 
-def test_all_nodes_are_asked_for_some_time_after_a_change_and_seldom_later() -> None:
+def test_all_nodes_are_asked_by_some_lookups_after_a_change_former_owners_for_some_time_and_few_later() -> None:
     watch = StrayWatch(100.0)
-    assert all(watch.asks_all(100.0 + WATCH_S - 1) for _ in range(WATCH_LOOKUPS + 10))
-    later = [watch.asks_all(100.0 + WATCH_S + 1) for _ in range(20 * EVERY_LOOKUPS)]
-    assert sum(later) == 20
+    assert [watch.asks(100.0) for _ in range(WATCH_LOOKUPS)] == ["all"] * WATCH_LOOKUPS
+    soon = [watch.asks(99.0 + WATCH_S) for _ in range(20 * EVERY_LOOKUPS)]
+    assert (soon.count("all"), soon.count("former")) == (20, 20 * (EVERY_LOOKUPS - 1))
+    later = [watch.asks(101.0 + WATCH_S) for _ in range(20 * EVERY_LOOKUPS)]
+    assert (later.count("all"), later.count("none")) == (20, 20 * (EVERY_LOOKUPS - 1))
     watch.changed(5000.0)
-    assert all(watch.asks_all(5001.0 + WATCH_S) for _ in range(WATCH_LOOKUPS)), "so many at least"
-    assert not all(watch.asks_all(5001.0 + WATCH_S) for _ in range(3))
+    assert [watch.asks(5001.0 + WATCH_S) for _ in range(WATCH_LOOKUPS)] == ["all"] * WATCH_LOOKUPS, "however late"
