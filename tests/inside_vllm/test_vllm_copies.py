@@ -75,7 +75,7 @@ def test_blocks_of_a_step_that_raised_are_not_saved(llama: Path, monkeypatch: py
 
 def test_a_reset_does_not_wait_for_a_pool_that_hangs(llama: Path, pool_process: Callable[..., PoolProcess]) -> None:
     pool = pool_process("--memory", "64MiB")
-    extra = {"pool": pool.address, "save_timeout_s": 600.0, "lookup_timeout_s": 0.5}
+    extra = {"pool": pool.address, "save_timeout_s": 600.0, "lookup_timeout_s": 0.5, "fetch_window": "1B"}
     with running(llama, extra, kv_cache_memory_bytes=16 * MIB) as engine:
         pool.send(signal.SIGSTOP)
         try:
