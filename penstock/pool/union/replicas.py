@@ -312,8 +312,8 @@ class Replicas:
             return now_s >= (self._not_before_s.get(key) or 0.0)
 
     def _groups(self, part: tuple[BlockKey, ...]) -> Iterator[tuple[Sequence[BlockKey], list[int]]]:
-        """Blocks of a part, and the nodes that hold them or may get their copies: all of a striped pool, else owner and
-        stand-in of each run, which ends where the next blocks lie elsewhere."""
+        """Blocks of a part, and the nodes that hold them or may get their copies: all of a striped pool, else those of
+        each run, which ends where the next blocks lie elsewhere."""
         children, slots = self._children.all, self._children.slots
         if not slots:
             yield part, [at for at, child in enumerate(children) if child.node is not None and child.up]
@@ -322,10 +322,10 @@ class Replicas:
             places = [self._locations.find(key) for key in part]
         for place, some in groupby(range(len(part)), lambda at: places[at]):
             keys = [part[at] for at in some]
-            order = [at for at in slots.order(keys[0]) if children[at].node is not None]
-            pair = [*order[:1], *self._elsewhere(order[0], order[1:])[:1]] if order else []
-            if place in pair:
-                yield keys, pair
+            pairs = map(slots.copy_nodes, dict.fromkeys((part[0], keys[0])))
+            holders = next((pair for pair in pairs if place in pair), None)
+            if holders is not None:
+                yield keys, holders
 
     def _target(self, key: BlockKey, source: int, holders: Sequence[int]) -> int | None:
         """The node that a block's copy goes to."""

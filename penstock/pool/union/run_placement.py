@@ -185,11 +185,15 @@ class _Search:
         return True
 
     def _nodes(self, key: BlockKey) -> list[int]:
-        """As `RunSearch`: where the block was seen last, and the owner of a run that begins with it."""
-        seen, owner = self._locations.find(key), self._children.slots.owner(key)
+        """As `RunSearch`: where the block was seen last, and the owner of a run that begins with it; while that is
+        down, who stands in for it, and the node with the copies."""
+        slots = self._children.slots
+        seen, owner = self._locations.find(key), slots.owner(key)
         children, nodes = self._children.all, []
         if seen is not None and seen != owner and children[seen].node is not None and children[seen].up:
             nodes.append(seen)
         if owner is not None and children[owner].node is not None:  # it is up
             nodes.append(owner)
+        if self._children.take_copies and slots.owner_is_down(key):
+            nodes += [number for number in slots.copy_nodes(key) if number not in nodes]
         return nodes

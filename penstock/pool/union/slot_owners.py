@@ -10,6 +10,7 @@ from itertools import islice
 from penstock.core.keys import BlockKey
 from penstock.core.pool.placement import STRIPED_NODES_MAX, SlotMap, agreed_weight, slot_of
 from penstock.pool.union.child import Child
+from penstock.units import parse_address
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,22 @@ class SlotOwners:
         """The children that are up: the owner of the run that this block begins, then a few stand-ins."""
         return list(islice(self._order(key), 1 + STAND_INS))
 
+    def copy_nodes(self, key: BlockKey) -> list[int]:
+        """The nodes that hold the blocks of a run which begins with this one, where they have copies, of those that are
+        up: the owner, and the first node for its slot on another host, as hosts fail as a whole; on the owner's where
+        there is no other one."""
+        owners = self._known
+        owner, *others = owners.map.order(slot_of(key))
+        host = _host(owners.children[owner])
+        up = [at for at in others if owners.children[at].up]
+        second = next((at for at in up if _host(owners.children[at]) != host), next(iter(up), None))
+        return [at for at in (owner, second) if at is not None and owners.children[at].up]
+
+    def owner_is_down(self, key: BlockKey) -> bool:
+        """Whether others stand in for the owner of the run that this block begins."""
+        owners = self._known
+        return not owners.children[owners.map.owner(slot_of(key))].up
+
     def former(self, keys: Collection[BlockKey]) -> list[int]:
         """The nodes that are up and may have a run which begins with one of these blocks, beside its owner: those that
         former maps name, and the first stand-in of this one."""
@@ -114,6 +131,10 @@ class SlotOwners:
     def _known(self) -> _Owners:
         assert self._owners is not None, "asked before the union had many nodes"
         return self._owners
+
+
+def _host(child: Child) -> str:
+    return parse_address(child.name)[0]
 
 
 def _is_node(child: Child) -> bool:

@@ -283,7 +283,10 @@ def test_a_copy_lies_on_another_host_where_there_is_one(nodes: int) -> None:
         for key in hot:
             holders = [at for at, pool in enumerate(fleet.pools) if pool.kind_of(key) is not None]
             assert len(holders) == 2 and {at % 2 for at in holders} == {0, 1}
-        for at in range(0, nodes, 2):
+        other = fleet.union()
+        fleet.nodes[1].close(5.0)
+        assert load(other, hot) == ["ok"] * 40, "found by who never saw them, though the host has other nodes"
+        for at in range(3, nodes, 2):
             fleet.nodes[at].close(5.0)
         assert load(union, hot) == ["ok"] * 40
     finally:
