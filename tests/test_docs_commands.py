@@ -33,6 +33,7 @@ RUN = {
     r"penstock doctor": "doctor/test_doctor",
     r"penstock fabric": "cluster/deploy/test_cluster_file",
     r"penstock sim (run|cost)": "sim/test_sim_run",
+    r"python -m benchmarks event-loops": "benchmarks/test_event_loops",
     r"python -m benchmarks draw": "benchmarks/test_draw",
     r"python -m benchmarks demo": "benchmarks/test_end_to_end",
 }
