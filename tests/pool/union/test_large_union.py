@@ -50,7 +50,8 @@ class Fleet:
         self.clients: list[UnionPool | RemotePool] = []
 
     def _pool(self) -> CountingPool:
-        return CountingPool([MemoryMember("memory:0", 2 * MIB)], [GB_PER_S])
+        # Room for all blocks of a test: ports, and so the map, differ from run to run.
+        return CountingPool([MemoryMember("memory:0", 8 * MIB)], [GB_PER_S])
 
     @property
     def places(self) -> list[str]:
