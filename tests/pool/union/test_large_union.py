@@ -220,8 +220,14 @@ def test_blocks_beside_their_owners_are_copied_there_as_they_were_written(fleet:
     assert None not in union.lookup(keys, 10.0)
 
     def owners_have_all() -> bool:
+        """As one sees it who has seen nothing; closed at once, as many of them would keep the nodes busy."""
+        assert None not in union.lookup(keys, 10.0)
         fleet.asked()
-        return None not in fleet.union().lookup(keys, 10.0) and sum(fleet.asked()) == 60
+        newcomer = open_union(None, fleet.places, [GB_PER_S] * NODES, connect_timeout_s=5.0)
+        try:
+            return None not in newcomer.lookup(keys, 10.0) and sum(fleet.asked()) == 60
+        finally:
+            newcomer.close(5.0)
 
     until(owners_have_all, 60.0)
     assert union.stat(5.0).moved_blocks >= 30
