@@ -256,7 +256,7 @@ def test_attaching_again_and_again_keeps_few_connections(rig: OneSidedRig) -> No
 
 
 class NoTorch:
-    """A device that is the host, as `device.accelerator.Cpu`: the guest does without torch."""
+    """A device that is the host, as `device.accelerator.Cpu`: the virtual machine has no torch."""
 
     device = "cpu"
 

@@ -3,49 +3,20 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
-from penstock.core.keys import BlockKey
-from penstock.core.new_block import NewBlock
-from penstock.pool.api import DoneMany, Pool, ReadCheck
-from penstock.pool.wrapped import WrappedPool
+from penstock.pool.api import Pool
 from penstock.vllm import host as host_module
 from penstock.vllm.link import Finished
 from penstock.vllm.settings import Settings
 from penstock.vllm.shape import open_pool_of
+from tests.pool.span_pool import SpanPool
 from tests.vllm.test_vllm_sides import BLOCK, Rig
 from tests.waiting import wait_until
 
 BLOCKS = 10
-
-
-class SpanPool(WrappedPool):
-    """Notes how many blocks each read and write has."""
-
-    def __init__(self, inner: Pool) -> None:
-        super().__init__(inner)
-        self.reads: list[int] = []
-        self.writes: list[int] = []
-
-    def read_many(
-        self,
-        keys: Sequence[BlockKey],
-        size_bytes: int,
-        intos: Sequence[memoryview],
-        timeout_s: float,
-        done: DoneMany,
-        checks: Sequence[ReadCheck | None] | None = None,
-    ) -> None:
-        self.reads.append(len(keys))
-        self._inner.read_many(keys, size_bytes, intos, timeout_s, done, checks)
-
-    def write_many(
-        self, blocks: Sequence[NewBlock], datas: Sequence[memoryview], timeout_s: float, done: DoneMany
-    ) -> None:
-        self.writes.append(len(blocks))
-        self._inner.write_many(blocks, datas, timeout_s, done)
 
 
 @pytest.fixture

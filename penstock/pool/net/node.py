@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.core.connection_limits import ConnectionLimits, ConnectionShares
-from penstock.core.keys import BlockKey
+from penstock.core.keys import KEY_BYTES
 from penstock.core.pool.heat import ReadHeat
 from penstock.core.spans import SPAN_BYTES_MAX
 from penstock.pacing import Pacer
@@ -180,14 +180,15 @@ class PoolNode:
         """Count the bytes of blocks that came in messages and were stored."""
         self._bytes_received.add(MESSAGES, size_bytes)
 
-    def note_reads(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Count a read of each of these blocks; returns the numbers of those that clients together read so often that
-        a copy pays. Where this node takes no copies, nothing is counted."""
+    def note_reads(self, keys: bytes, read: Sequence[int]) -> list[int]:
+        """Of these blocks (16 bytes of key each), count a read of those with the numbers in `read`; returns the numbers
+        of those that clients together read so often that a copy pays. A node that takes no copies counts nothing."""
         if not self.pool.takes_copies:
             return []
+        some = [keys[at * KEY_BYTES : (at + 1) * KEY_BYTES] for at in read]
         with self._heat_lock:
             heat = self._heat = self._heat or ReadHeat()
-            return heat.read(keys, time.monotonic())
+            return [read[number] for number in heat.read(some, time.monotonic())]
 
     def with_ways(self, stat: PoolStat) -> PoolStat:
         """The pool's state with the ways by which this node's blocks travel to clients."""

@@ -239,7 +239,7 @@ class PoolConnection(ClientConnection):
                 opened.release()
                 self._reply_late(request.id)
                 return
-            hot = bool(self._node.note_reads([request.key]))
+            hot = bool(self._node.note_reads(request.key, [0]))
             block = wire.Block(request.id, opened.key, opened.checksum, opened.mac, hot)
             head = wire.frame(block, len(opened.view))
             self._send_soon(head, [opened.view], [opened], deadline_s, ready_s)
@@ -256,7 +256,7 @@ class PoolConnection(ClientConnection):
             return
         now_s = time.monotonic()
         moved(0)
-        hot = bool(self._node.note_reads([request.key]))
+        hot = bool(self._node.note_reads(request.key, [0]))
         self._send_block(request.id, opened, view, deadline_s, now_s, moved, hot)
 
     def _read_many(self, request: wire.ReadMany, ready_s: float) -> None:
@@ -326,9 +326,7 @@ class PoolConnection(ClientConnection):
             macs.append(mac)
         states, detail = wire.states_of(errors)
         packed = wire.pack_checksums(checksums)
-        keys = wire.split_keys(request.keys)
-        here = [at for at, error in enumerate(errors) if error is None]
-        hot = [here[number] for number in self._node.note_reads([keys[at] for at in here])]
+        hot = self._node.note_reads(request.keys, [at for at, error in enumerate(errors) if error is None])
         answer = wire.Blocks(request.id, request.keys, states, packed, macs if any(macs) else [], detail, hot)
         return wire.frame(answer, sum(map(len, views))), views
 

@@ -26,7 +26,6 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from msgspec import Meta
 
-from penstock.core.keys import BlockKey
 from penstock.core.layout import staging_bytes
 from penstock.core.pool.leases import LeaseTable
 from penstock.framing import decode
@@ -272,11 +271,11 @@ class PoolLending:
         client: Borrower,
         pool: NodeBackend,
         request: wire.LendMany,
-        note_reads: Callable[[Sequence[BlockKey]], list[int]],
+        note_reads: Callable[[bytes, Sequence[int]], list[int]],
     ) -> bool:
         """Lend blocks of `pool`: answered by `client.answer_now` for those in memory, and by `client.answer` later for
-        those that are loaded first. Returns whether any may be lent. `note_reads` counts the reads of blocks, and
-        returns the numbers of those that are hot. Raises OSError."""
+        those that are loaded first. Returns whether any may be lent. `note_reads` gets the keys, and which
+        of them are here; it returns the hot ones (`PoolNode.note_reads`). Raises OSError."""
         if request.returned:
             self.returned(client, request.returned)
         keys = wire.split_keys(request.keys)
@@ -299,7 +298,7 @@ class PoolLending:
                     now.append(staged)
                 else:
                     loads.append(staged)
-        answer.hot = [here[number] for number in note_reads([keys[index] for index in here])]
+        answer.hot = note_reads(request.keys, here)
         try:
             if now:
                 client.answer_now(answer.of(now, self._epoch))

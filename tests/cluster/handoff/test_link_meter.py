@@ -10,30 +10,13 @@ import pytest
 from penstock.cluster.handoff.link_meter import LinkMeter, MeteredPool
 from penstock.core.keys import BlockKey
 from penstock.io.memory import aligned_buffer
-from penstock.pool.api import Done, DoneMany, Pool, PoolError, ReadCheck
+from penstock.pool.api import Done, Pool, PoolError, ReadCheck
 from penstock.pool.setup.open import open_local_pool
 from penstock.pool.wrapped import WrappedPool
 from tests.pool.helpers import WAIT_S, key_of, write
+from tests.pool.span_pool import SpanPool
 
 SIZE = 4096
-
-
-class CountedPool(WrappedPool):
-    def __init__(self, inner: Pool) -> None:
-        super().__init__(inner)
-        self.spans: list[int] = []
-
-    def read_many(
-        self,
-        keys: Sequence[BlockKey],
-        size_bytes: int,
-        intos: Sequence[memoryview],
-        timeout_s: float,
-        done: DoneMany,
-        checks: Sequence[ReadCheck | None] | None = None,
-    ) -> None:
-        self.spans.append(len(keys))
-        self._inner.read_many(keys, size_bytes, intos, timeout_s, done, checks)
 
 
 class CountedMeter(LinkMeter):
@@ -71,8 +54,8 @@ class Single(WrappedPool):
 
 
 @pytest.fixture
-def counted() -> CountedPool:
-    pool = CountedPool(open_local_pool((1 << 20,), []))
+def counted() -> SpanPool:
+    pool = SpanPool(open_local_pool((1 << 20,), []))
     for number in range(3):
         assert write(pool, key_of(number), size_bytes=SIZE) == "ok"
     return pool
@@ -85,21 +68,21 @@ def read_all(pool: Pool, keys: Sequence[BlockKey]) -> list[str | None]:
     return [error.reason if error else None for error in found.get(timeout=WAIT_S)]
 
 
-def test_a_span_stays_whole_and_is_metered_as_one_transfer(counted: CountedPool) -> None:
+def test_a_span_stays_whole_and_is_metered_as_one_transfer(counted: SpanPool) -> None:
     meter = CountedMeter()
     pool = MeteredPool(counted, meter)
     keys = [key_of(0), key_of("absent"), key_of(2)]
     assert read_all(pool, keys) == [None, "missing", None]
-    assert counted.spans == [3] and meter.moved == [2 * SIZE]
+    assert counted.reads == [3] and meter.moved == [2 * SIZE]
     pool.close(5.0)
 
 
 def test_a_wrapper_that_changes_nothing_passes_spans_on_and_one_that_changes_reads_sees_each(
-    counted: CountedPool,
+    counted: SpanPool,
 ) -> None:
     keys = [key_of(number) for number in range(3)]
-    assert read_all(Plain(counted), keys) == [None] * 3 and counted.spans == [3]
+    assert read_all(Plain(counted), keys) == [None] * 3 and counted.reads == [3]
     single = Single(counted)
     assert read_all(single, keys) == [None] * 3
-    assert counted.spans == [3] and single.reads == 3
+    assert counted.reads == [3] and single.reads == 3
     counted.close(5.0)

@@ -97,7 +97,7 @@ class History:
         client, keys = self.random.choice(self.clients), self.random.sample(KEYS, self.random.randint(1, 3))
         client.answers.clear()
         self.node.lending.lend(
-            client, self.node.pool, wire.LendMany(1, b"".join(keys), [SIZE] * len(keys), 5.0), lambda _: []
+            client, self.node.pool, wire.LendMany(1, b"".join(keys), [SIZE] * len(keys), 5.0), lambda keys, read: []
         )
         (answer,) = client.answers
         for block in answer.blocks:
